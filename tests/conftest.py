@@ -8,16 +8,6 @@ import torch
 from moe_ep.testing import run_ranks
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    for line in (
-        "gpu: needs one GPU",
-        "multi_gpu(n): needs n GPUs",
-        "slow: takes longer than ten seconds",
-        "frameworks: needs the frameworks that are integrated",
-    ):
-        config.addinivalue_line("markers", line)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     found = torch.cuda.device_count()
     for item in items:

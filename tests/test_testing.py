@@ -217,13 +217,13 @@ class _Scaled(torch.autograd.Function):
     """x^2 with a gradient that is right times a factor: the fault that the check must find."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, factor: float) -> torch.Tensor:  # noqa: ANN001
+    def forward(ctx, x: torch.Tensor, factor: float) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.factor = factor
         return x * x
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN001
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         return 2 * ctx.factor * x * grad, None
 
@@ -232,14 +232,14 @@ class _SumOverRanks(torch.autograd.Function):
     """all_reduce, whose gradient is all_reduce; the anchor makes it have one on every rank."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # noqa: ANN001
+    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         total = x.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # noqa: ANN001
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None, None

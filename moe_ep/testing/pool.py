@@ -55,9 +55,7 @@ class WorkerPool:
 
     def _start(self, rank: int) -> None:
         ours, theirs = mp.Pipe()
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}\nfrom moe_ep.testing.worker import main; main({theirs.fileno()})"
-        )
+        imports = f"import sys; sys.path[:] = {sys.path!r}\nfrom moe_ep.testing.worker import main"
         fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
         with open(self._log(rank), "wb") as log:
@@ -201,7 +199,7 @@ _pools: dict[int, WorkerPool] = {}
 def run_ranks(
     num_ranks: int,
     fn: Callable[..., Any],
-    *args: Any,  # noqa: ANN401
+    *args: Any,
     timeout: float = 60.0,
     fresh: bool = False,
     expect_dead: Sequence[int] = (),

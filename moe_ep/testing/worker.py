@@ -105,7 +105,7 @@ def main(connection_fd: int) -> None:
         _serve(connection, context, *message)
 
 
-def _serve(connection: Connection, context: RankContext, kind: str, *payload: Any) -> None:  # noqa: ANN401
+def _serve(connection: Connection, context: RankContext, kind: str, *payload: Any) -> None:
     answer: tuple[str, float, Any]
     try:
         if kind == "call":
@@ -115,7 +115,8 @@ def _serve(connection: Connection, context: RankContext, kind: str, *payload: An
         else:
             context.check_in_step(*payload)
             answer = ("ok", time.monotonic(), None)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent is told
+    # Whatever it is, SystemExit too: the parent is told.
+    except BaseException as error:
         answer = ("error", time.monotonic(), _portable(error))
     _answer(connection, answer)
 
@@ -136,7 +137,7 @@ def _portable(error: BaseException) -> tuple[bytes | None, str]:
     try:
         shipped = pickle.dumps(error)
         pickle.loads(shipped)
-    except Exception:  # noqa: BLE001 - an error that does not travel goes as text
+    except Exception:
         return None, text
     return shipped, text
 
