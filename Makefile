@@ -1,0 +1,79 @@
+# make demo | test | lint | bench | clean. ARGS="..." is passed on. CONTRIBUTING.md lists the variables.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test lint bench clean
+
+PYTHON ?= python3
+TORCH_SPEC ?= torch==2.13.0
+USE_SYSTEM_TORCH ?= 0
+MOE_EP_WITH_CUDA ?= auto
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+
+# A stamp's name carries the settings it was made with, so that another setting makes another stamp.
+key = $(shell printf '%s' '$(1)' | cksum | cut -d ' ' -f 1)
+TORCH := $(STAMPS)/torch-$(call key,$(PYTHON) $(TORCH_SPEC) $(USE_SYSTEM_TORCH))
+REQUIREMENTS_OF = $(STAMPS)/requirements-$(1)-$(call key,$(MOE_EP_WITH_NVSHMEM))
+BUILD_SETTINGS := $(MOE_EP_WITH_CUDA) $(MOE_EP_CUDA_ARCHS) $(MOE_EP_WITH_NVSHMEM) $(MOE_EP_NVSHMEM_DIR) $(CC) $(CXX) $(CXXFLAGS) $(NVCC_CCBIN) $(NVCC_APPEND_FLAGS)
+BUILD_FULL := $(STAMPS)/build-full-$(call key,$(BUILD_SETTINGS))
+BUILD_HOST := $(STAMPS)/build-host
+SOURCES := setup.py pyproject.toml $(shell find build_tools csrc -type f -not -name '*.pyc')
+
+# The demo trains on the CPU where there is no GPU, so it compiles no CUDA there; what `make test` has built is used.
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q . || compgen -G '/dev/nvidia[0-9]*' >/dev/null && echo 1)
+RUN_BUILD := $(if $(HAS_GPU)$(wildcard $(BUILD_FULL)),$(BUILD_FULL),$(BUILD_HOST))
+
+demo: $(call REQUIREMENTS_OF,demo) $(RUN_BUILD)
+	$(BIN)/moe-ep demo $(ARGS)
+
+test: $(call REQUIREMENTS_OF,test) $(BUILD_FULL)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(call REQUIREMENTS_OF,demo) $(RUN_BUILD)
+	$(BIN)/moe-ep bench $(ARGS)
+
+# The package itself is not installed for this: every tool reads the sources.
+lint: $(call REQUIREMENTS_OF,dev)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/lint-imports
+	$(BIN)/mypy -p moe_ep
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info moe_ep/_C*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# With USE_SYSTEM_TORCH=1 the venv sees what $(PYTHON) sees: its base installation, and its own folder where it is a venv.
+$(TORCH):
+	rm -rf $(VENV)
+ifeq ($(USE_SYSTEM_TORCH),1)
+	$(PYTHON) -c 'import torch' || { echo "USE_SYSTEM_TORCH=1: $(PYTHON) cannot import torch; set PYTHON, or leave USE_SYSTEM_TORCH out to install $(TORCH_SPEC)" >&2; exit 1; }
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' > $(VENV)/system_torch.path
+	$(BIN)/python -c 'import torch' 2>/dev/null || cp $(VENV)/system_torch.path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system_torch.pth"
+	$(BIN)/python -c 'import torch; print("torch", torch.__version__, "of", torch.__file__)'
+else
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "$(TORCH_SPEC)"
+endif
+	mkdir -p $(STAMPS)
+	touch $@
+
+$(call REQUIREMENTS_OF,%): pyproject.toml build_tools/project.py $(TORCH)
+	$(BIN)/python build_tools/project.py $* > $(STAMPS)/$*.txt
+	$(PIP) install -q -r $(STAMPS)/$*.txt
+	touch $@
+
+# One build at a time is in the tree, whatever its settings were.
+$(BUILD_FULL) $(BUILD_HOST): $(SOURCES) $(TORCH) $(call REQUIREMENTS_OF,demo)
+	rm -f $(STAMPS)/build-*
+	$(if $(filter $@,$(BUILD_HOST)),MOE_EP_WITH_CUDA=0 MOE_EP_WITH_NVSHMEM=0,MOE_EP_WITH_CUDA=$(MOE_EP_WITH_CUDA)) \
+	  $(PIP) install -v --no-build-isolation --no-deps -e . > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
+	grep -o 'moe_ep: .*' $(STAMPS)/build.log
+	touch $@
