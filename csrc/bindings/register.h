@@ -1,0 +1,12 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+// One function per binding file; bindings.cpp calls them.
+namespace moe_ep {
+
+void register_build_info(pybind11::module_& module);
+void register_layouts(pybind11::module_& module);
+void register_plan(pybind11::module_& module);
+
+}  // namespace moe_ep
