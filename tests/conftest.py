@@ -8,6 +8,11 @@ import torch
 from moe_ep.testing import run_ranks
 
 
+def pytest_configure() -> None:
+    # Small tensors gain nothing from threads, and threads of several processes wait for each other.
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     found = torch.cuda.device_count()
     for item in items:
