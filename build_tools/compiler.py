@@ -21,14 +21,16 @@ class Step:
 
     Attributes:
         name: file name of the output; a hash of the command is put in front of its suffix.
-        command: arguments without the output; ``aliases`` replaces parts of them that differ between equal builds.
+        command: arguments without the output; the builder's ``aliases`` replace what differs between equal builds.
         inputs: files that go in. A compiler adds the headers it reads through ``depfile_flag``.
+        versions: names the versions of whatever goes in from outside the tree: compilers, toolkits.
         depfile_flag: -MMD for compilers, None for linking.
     """
 
     name: str
     command: Sequence[str]
     inputs: Sequence[Path]
+    versions: str
     depfile_flag: str | None = None
 
 
@@ -41,16 +43,14 @@ class Builder:
 
     Args:
         folder: where outputs and records live.
-        root: files below it are tracked by content; others (toolkits) by ``toolchain``.
-        toolchain: text naming the versions of the compilers and libraries outside ``root``.
+        root: files below it are tracked by content, others by the versions that a step states.
         aliases: strings in commands to be replaced for comparison.
         jobs: commands that run at once.
     """
 
-    def __init__(self, folder: Path, *, root: Path, toolchain: str, aliases: dict[str, str], jobs: int) -> None:
+    def __init__(self, folder: Path, *, root: Path, aliases: dict[str, str], jobs: int) -> None:
         self.folder = folder
         self.root = root
-        self.toolchain = toolchain
         self.aliases = aliases
         self.jobs = jobs
 
@@ -61,7 +61,7 @@ class Builder:
             return list(pool.map(self._run_one, steps))
 
     def _run_one(self, step: Step) -> Path:
-        text = "\0".join([self.toolchain, *step.command, *map(str, step.inputs)])
+        text = "\0".join([step.versions, *step.command, *map(str, step.inputs)])
         for volatile, alias in self.aliases.items():
             text = text.replace(volatile, alias)
         stem, suffix = step.name.split(".", 1)

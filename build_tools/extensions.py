@@ -81,9 +81,7 @@ def build(plan: BuildPlan, environ: Mapping[str, str]) -> dict[str, Path]:
     """Compiles and links what the plan holds; returns the file of each extension module by its name."""
     commands = Commands(plan, environ)
     jobs = int(environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    builder = Builder(
-        ROOT / "build" / "objects", root=ROOT, toolchain=commands.toolchain, aliases=commands.aliases, jobs=jobs
-    )
+    builder = Builder(ROOT / "build" / "objects", root=ROOT, aliases=commands.aliases, jobs=jobs)
     core, internode = commands.core_sources(), commands.internode_sources()
     # One pool for both modules, CUDA sources first: they take longest.
     sources = sorted([*core, *internode], key=lambda source: source.suffix != ".cu")
@@ -108,15 +106,12 @@ class Commands:
         pybind_include = pybind11.get_include()
         self._includes = [f"-I{ROOT / 'csrc'}", "-isystem", pybind_include, "-isystem", sysconfig.get_path("include")]
         self.aliases = {pybind_include: f"pybind11-{pybind11.__version__}"}
-        self.toolchain = "\n".join(
-            [
-                _first_line([*self._cxx, "--version"]),
-                "nvcc {}.{}".format(*plan.nvcc.version) if plan.nvcc else "no nvcc",
-                plan.nvshmem.version if plan.nvshmem else "no nvshmem",
-                platform.machine(),
-                *(environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")),
-            ]
-        )
+        self._cxx_version = f"{_first_line([*self._cxx, '--version'])} {platform.machine()}"
+        self._cuda_version = self._cxx_version
+        if plan.nvcc:
+            flags = [environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
+            self._cuda_version += " nvcc {}.{} {} {}".format(*plan.nvcc.version, *flags)
+        self._internode_version = f"{self._cuda_version} nvshmem {plan.nvshmem.version if plan.nvshmem else ''}"
 
     def core_sources(self) -> list[Path]:
         """Returns the sources of ``_C``: host code always, CUDA sources with nvcc."""
@@ -130,30 +125,29 @@ class Commands:
         """Returns the command that compiles one source."""
         internode = source.parent.name == "internode"
         name = f"{source.parent.name}_{source.stem}.o"
+        nvshmem = ["-isystem", str(self._nvshmem.include)] if internode else []
         if source.suffix == ".cu":
-            assert self._plan.nvcc is not None
-            flags = [*_NVCC_FLAGS, *self._ccbin, *self._gencode(relocatable=internode), f"-I{ROOT / 'csrc'}"]
-            flags += ["-rdc=true", "-isystem", str(self._nvshmem.include)] if internode else []
-            return Step(name, [self._plan.nvcc.path, *flags, "-c"], [source], "-MMD")
+            flags = [*_NVCC_FLAGS, *self._ccbin, *self._gencode(relocatable=internode), f"-I{ROOT / 'csrc'}", *nvshmem]
+            flags += ["-rdc=true"] if internode else []
+            version = self._internode_version if internode else self._cuda_version
+            return Step(name, [self._nvcc.path, *flags, "-c"], [source], version, "-MMD")
         flags = [
             *_CXX_FLAGS,
             *self._user_flags,
             *self._includes,
             f"-DMOE_EP_WITH_CUDA={int(self._plan.nvcc is not None)}",
         ]
-        if source.stem == "build_info":
-            flags += self._build_info()
-        if internode:
-            flags += ["-isystem", str(self._nvshmem.include)]
-        if internode or self._plan.nvcc:
-            flags += ["-isystem", str(self._cuda_include())]
-        return Step(name, [*self._cxx, *flags, "-c"], [source], "-MMD")
+        flags += self._build_info() if source.stem == "build_info" else []
+        flags += [*nvshmem, "-isystem", str(self._cuda_include())] if internode else []
+        version = self._internode_version if internode else self._cxx_version
+        return Step(name, [*self._cxx, *flags, "-c"], [source], version, "-MMD")
 
     def link(self, module: str, objects: list[Path]) -> Step:
         """Returns the command that links one extension module."""
         name = module.rpartition(".")[2] + ".so"
         if self._plan.nvcc is None:
-            return Step(name, [*self._cxx, "-shared", *(f"-Wl,{flag}" for flag in _LINK_FLAGS)], objects)
+            flags = [f"-Wl,{flag}" for flag in _LINK_FLAGS]
+            return Step(name, [*self._cxx, "-shared", *flags], objects, self._cxx_version)
         # nvcc knows where its run time and, for relocatable code, its device linker's library are.
         relocatable = module == "moe_ep._C_internode"
         flags = ["-shared", "--cudart=static", *self._ccbin, *self._gencode(relocatable=relocatable)]
@@ -161,7 +155,12 @@ class Commands:
         if relocatable:
             flags += ["-rdc=true", f"-L{self._nvshmem.lib}", "-lnvshmem_device", "-l:libnvshmem_host.so.3"]
             flags += [f"-Xlinker=-rpath,{path}" for path in runtime_paths(self._nvshmem)]
-        return Step(name, [self._plan.nvcc.path, *flags], objects)
+        return Step(name, [self._nvcc.path, *flags], objects, self._internode_version)
+
+    @property
+    def _nvcc(self) -> Nvcc:
+        assert self._plan.nvcc is not None
+        return self._plan.nvcc
 
     @property
     def _nvshmem(self) -> Nvshmem:
@@ -172,12 +171,11 @@ class Commands:
         return [flag for arch in self._plan.archs for flag in arch.gencode(ptx=not relocatable)]
 
     def _cuda_include(self) -> Path:
-        assert self._plan.nvcc is not None
         # NOTE: nvcc may be a wrapper script far from its toolkit, so the compiler itself is asked where it stands.
-        command = [self._plan.nvcc.path, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+        command = [self._nvcc.path, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
         text = subprocess.run(command, capture_output=True, text=True).stderr
         top = next((line.split("=", 1)[1].strip() for line in text.splitlines() if line.startswith("#$ TOP=")), None)
-        return Path(top) / "include" if top else Path(self._plan.nvcc.path).resolve().parents[1] / "include"
+        return Path(top) / "include" if top else Path(self._nvcc.path).resolve().parents[1] / "include"
 
     def _build_info(self) -> list[str]:
         plan = self._plan
