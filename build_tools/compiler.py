@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 
@@ -53,6 +52,7 @@ class Builder:
         self.root = root
         self.aliases = aliases
         self.jobs = jobs
+        self._digests: dict[Path, str] = {}
 
     def run(self, steps: Iterable[Step]) -> list[Path]:
         """Runs the steps beside each other and returns their outputs in order; the first failure is raised."""
@@ -78,7 +78,7 @@ class Builder:
             raise CompileError(f"{' '.join(command)}\n{done.stdout}")
         inputs = _read_depfile(depfile) if step.depfile_flag else step.inputs
         tracked = sorted({path.resolve() for path in inputs if path.resolve().is_relative_to(self.root)})
-        contents = {os.path.relpath(path, self.root): _digest(path) for path in tracked}
+        contents = {os.path.relpath(path, self.root): self._digest(path) for path in tracked}
         record.write_text(json.dumps(contents, indent=1), encoding="utf-8")
         return output
 
@@ -87,12 +87,13 @@ class Builder:
             return False
         contents = json.loads(record.read_text(encoding="utf-8"))
         paths = {self.root / name: digest for name, digest in contents.items()}
-        return all(path.exists() and _digest(path) == digest for path, digest in paths.items())
+        return all(path.exists() and self._digest(path) == digest for path, digest in paths.items())
 
-
-@cache
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    def _digest(self, path: Path) -> str:
+        # Sources do not change during a build, and every object names the same few headers.
+        if path not in self._digests:
+            self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return self._digests[path]
 
 
 def _read_depfile(depfile: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from build_tools.compiler import Builder, Step
+from build_tools.compiler import Builder, CompileError, Step
 from build_tools.nvshmem import Nvshmem, find_nvshmem, runtime_paths
 from build_tools.project import ROOT, nvshmem_requirements
 from build_tools.toolkit import Arch, Nvcc, find_nvcc, host_compiler, nvcc_host_compiler, select_archs
@@ -200,4 +200,9 @@ def _switch(environ: Mapping[str, str], name: str, values: tuple[str, ...]) -> s
 
 
 def _first_line(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.partition("\n")[0]
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(
+            f"{command[0]} is no working C++ compiler ({error}): install g++, or name one in CXX"
+        ) from error

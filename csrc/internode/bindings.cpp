@@ -13,8 +13,13 @@ PYBIND11_MODULE(_C_internode, module) {
     using ReleaseGil = py::call_guard<py::gil_scoped_release>;
     module.doc() = "What moe_ep needs of NVSHMEM. Loading it touches no GPU.";
     moe_ep::register_errors();
-    module.def("version_built", &NvshmemRuntime::version_built, "The NVSHMEM that this module was compiled against.");
-    module.def("version_found", &NvshmemRuntime::version_found, "The NVSHMEM library that was found at run time.");
+    module.def(
+        "build_info",
+        [] {
+            return py::dict(py::arg("nvshmem_built") = NvshmemRuntime::version_built(),
+                            py::arg("nvshmem_found") = NvshmemRuntime::version_found());
+        },
+        "Versions of the NVSHMEM that this module was compiled against, and of the library found at run time.");
     module.def(
         "make_unique_id", [] { return py::bytes(NvshmemRuntime::make_unique_id()); },
         "Bytes that rank 0 makes and every rank passes to NvshmemRuntime.");

@@ -44,14 +44,16 @@ __device__ void walk_choices(const PlanParams& params, const PlanShared& shared,
     const int experts_per_rank = params.num_experts / params.num_ranks;
     shared.token_ranks[lane] = 0;
     __syncwarp();
-    const int64_t end = group.end * params.top_k;
-    for (int64_t first = group.begin * params.top_k; first < end; first += kWarpSize) {
-        const int64_t choice = first + lane;
-        const int expert = choice < end ? load_expert<Index>(params, choice) : -1;
-        visit(choice, expert, choice < end);
+    const int64_t first_choice = group.begin * params.top_k;
+    const int num_choices = static_cast<int>(group.end - group.begin) * params.top_k;
+    for (int first = 0; first < num_choices; first += kWarpSize) {
+        const int local = first + lane;
+        const bool in_range = local < num_choices;
+        const int expert = in_range ? load_expert<Index>(params, first_choice + local) : -1;
+        visit(first_choice + local, expert, in_range);
         if (expert >= 0) {
-            const int64_t token = choice / params.top_k - group.begin;
-            auto* word = reinterpret_cast<unsigned long long*>(&shared.token_ranks[token]);
+            // Which lane is first does not matter to the bits: no place is taken here.
+            auto* word = reinterpret_cast<unsigned long long*>(&shared.token_ranks[local / params.top_k]);
             atomicOr(word, 1ull << (expert / experts_per_rank));
         }
     }
