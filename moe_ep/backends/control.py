@@ -1,0 +1,312 @@
+"""The control plane of a Buffer: headers in front of every exchange, bounded waits, and naming who is missing.
+
+It runs over a gloo group of its own, so it works beside any backend of the caller's group, its sequence numbers are
+private, and a failed exchange leaves the caller's group alone. A header has a fixed size: gloo ends the process when
+two ranks disagree about a message's size, so what differs between ranks must be found before any payload moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import time
+import zlib
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError
+
+_MAGIC = 0x6D6F6531
+# One message of this many int32 words holds the header and, for most models, the counts: its latency is what counts.
+_BLOCK_WORDS = 512
+_HEADER_WORDS = 8
+_POLL_SECONDS = 0.1
+# How long survivors wait for each other's records before they call a rank missing.
+_ROLL_CALL_SECONDS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What this rank is about to exchange.
+
+    Attributes:
+        kind: ``"settings"``, ``"dispatch"``, ``"combine"``, ...: part of the header, compared on all ranks.
+        digest: hash of the settings (``ExchangeSpec.digest``).
+        serial: number of the dispatch whose plan is replayed, 0 for a new one.
+        detail: settings in words, shown when ranks differ.
+    """
+
+    kind: str
+    digest: int = 0
+    serial: int = 0
+    detail: str = ""
+
+    @staticmethod
+    def of(kind: str, detail: str, serial: int = 0) -> Call:
+        """A call whose digest is the hash of its settings in words."""
+        return Call(kind, zlib.crc32(detail.encode()) & 0x7FFFFFFF, serial, detail)
+
+
+KINDS = ("settings", "plan", "dispatch", "replayed dispatch", "combine", "combine of gradients", "reserve", "barrier")
+
+
+class ControlPlane:
+    """Headers, waits and trouble reports among the ranks of one group.
+
+    Args:
+        group: the caller's group; None for a single rank.
+        timeout_s: bound of every wait, in seconds.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.incarnation = 0
+        self.seq = 0
+        self.broken: str | None = None
+        self.wait_seconds = 0.0
+        self.ranks = [0] if group is None else dist.get_process_group_ranks(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = len(self.ranks)
+        self._connect()
+
+    def _connect(self) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.store: dist.Store | None = None
+        if self.size > 1:
+            self.group = dist.new_group(
+                self.ranks,
+                backend="gloo",
+                timeout=datetime.timedelta(seconds=self.timeout_s),
+                use_local_synchronization=True,
+                group_desc="moe_ep",
+            )
+            store = distributed_c10d._get_default_store()
+            self.store = dist.PrefixStore(f"moe_ep/{self.group.group_name}", store)
+
+    def reset(self) -> None:
+        """Start afresh over new connections. Collective: all ranks must call it, and be alive."""
+        self.incarnation += 1
+        self.seq = 0
+        self._connect()
+        self.broken = None
+
+    def open(self, call: Call, words: Tensor | None = None, error: Exception | None = None) -> Tensor:
+        """Announce an exchange to all ranks, check that they announce the same, and swap a few numbers.
+
+        Args:
+            call: what follows.
+            words: [n] integers >= 0 below 2**31 for every rank, the same n on all ranks (checked through the digest).
+            error: what this rank must raise instead of taking part; it is raised here, after the others were told.
+
+        Returns:
+            [R, n] int64 on the CPU, the words of every rank.
+
+        Raises:
+            PeerAbortedError: another rank has an error to raise.
+            ExchangeMismatchError: another rank announces something else.
+            PeerTimeoutError: a rank did not come.
+        """
+        self.check_usable()
+        self.seq += 1
+        words = torch.empty(0, dtype=torch.int64) if words is None else words
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return words.unsqueeze(0)
+        if error is not None:
+            self._put("reason", f"{type(error).__name__}: {error}")
+        header = torch.tensor(self._header(call, error, words.numel()), dtype=torch.int32)
+        block = torch.zeros(_BLOCK_WORDS, dtype=torch.int32)
+        block[:_HEADER_WORDS] = header
+        inline = words[: _BLOCK_WORDS - _HEADER_WORDS]
+        block[_HEADER_WORDS : _HEADER_WORDS + inline.numel()] = inline
+        blocks = self.swap_even(block)
+        self._compare(call, blocks[:, :_HEADER_WORDS].tolist(), error)
+        got = blocks[:, _HEADER_WORDS : _HEADER_WORDS + inline.numel()]
+        if inline.numel() < words.numel():
+            rest = self.swap_even(words[inline.numel() :].to(torch.int32))
+            got = torch.cat([got, rest], dim=1)
+        return got.to(torch.int64)
+
+    def agree(self, detail: str, error: Exception | None = None) -> None:
+        """Compare settings given in words, then raise ``error`` of whichever rank has one, on all ranks.
+
+        A difference is reported before an error of one rank that may follow from it.
+        """
+        call = Call.of("settings", detail)
+        self.open(call)
+        self.open(call, error=error)
+
+    def swap_even(self, words: Tensor) -> Tensor:
+        """Give every rank the same words; returns [R, n]. An all-to-all has one step where an all-gather ring has R - 1."""
+        out = words.new_empty(self.size, words.numel())
+        self.swap(out.view(-1), words.repeat(self.size), [words.numel()] * self.size, [words.numel()] * self.size)
+        return out
+
+    def swap(self, out: Tensor, data: Tensor, out_splits: list[int], splits: list[int]) -> None:
+        """``all_to_all_single`` over CPU tensors, split along the first dimension; waits with a bound."""
+        if self.group is None:
+            out.copy_(data)
+            return
+        self.wait(dist.all_to_all_single(out, data, out_splits, splits, group=self.group, async_op=True))
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for a collective, listening for ranks in trouble, for at most ``timeout_s``."""
+        start = time.monotonic()
+        while True:
+            try:
+                work.wait(datetime.timedelta(seconds=_POLL_SECONDS))
+            except RuntimeError as failure:
+                if work.is_completed():
+                    self._reap(work, failure)
+                    break
+                if time.monotonic() - start > self.timeout_s + 1.0:
+                    self._roll_call(f"no answer for {self.timeout_s:g} s")
+                self._listen()
+            else:
+                break
+        self.wait_seconds += time.monotonic() - start
+
+    def check_usable(self) -> None:
+        """Raise MoeEpError when an earlier failure left this Buffer out of step with its peers."""
+        if self.broken is not None:
+            raise MoeEpError(f"this Buffer cannot be used after: {self.broken}; call reset() on all ranks first")
+
+    def abort(self, error: BaseException) -> None:
+        """Tell the peers that this rank failed between header and payload; they raise PeerAbortedError within a poll."""
+        if self.store is not None and self.broken is None:
+            self.broken = f"exchange {self.seq} failed on this rank ({type(error).__name__}: {error})"
+            self._record("aborted", f"{type(error).__name__}: {error}")
+
+    def _header(self, call: Call, error: Exception | None, num_words: int) -> list[int]:
+        status = int(error is not None)
+        seq = self.seq & 0x7FFFFFFF
+        return [_MAGIC, seq, KINDS.index(call.kind), call.digest, call.serial & 0x7FFFFFFF, num_words, status, 0]
+
+    def _compare(self, call: Call, headers: list[list[int]], error: Exception | None) -> None:
+        if error is not None:
+            raise error
+        for rank, header in enumerate(headers):
+            if header[0] == _MAGIC and header[6] and rank != self.rank:
+                reason = self._get("reason", rank, header[1]) or "unknown"
+                raise PeerAbortedError(
+                    f"rank {rank} raised instead of taking part in {call.kind} (exchange {self.seq}): {reason}",
+                    rank=rank,
+                    reason=reason,
+                )
+        mine = headers[self.rank]
+        other = next((rank for rank, header in enumerate(headers) if header != mine), None)
+        if other is not None:
+            self._raise_mismatch(call, other, mine, headers)
+
+    def _raise_mismatch(self, call: Call, other: int, mine: list[int], headers: list[list[int]]) -> NoReturn:
+        # All ranks see the same headers, so all come here and all publish their side.
+        self._put("detail", call.detail)
+        theirs = headers[other]
+        detail = self._get("detail", other, theirs[1]) or ""
+        raise ExchangeMismatchError(
+            "ranks announce different exchanges: "
+            f"rank {self.rank}: {_describe(mine)} [{call.detail}]; rank {other}: {_describe(theirs)} [{detail}]; "
+            "every rank must use the same settings and issue the same exchanges in the same order"
+        )
+
+    def _put(self, name: str, value: object) -> None:
+        if self.store is not None:
+            self.store.set(f"{name}/{self.incarnation}/{self.seq}/{self.rank}", str(value))
+
+    def _get(self, name: str, rank: int, seq: int) -> str | None:
+        if self.store is None:
+            return None
+        key = f"{name}/{self.incarnation}/{seq}/{rank}"
+        end = time.monotonic() + _ROLL_CALL_SECONDS
+        while time.monotonic() < end:
+            if self.store.check([key]):
+                return self.store.get(key).decode()
+            time.sleep(0.01)
+        return None
+
+    def _record(self, state: str, reason: object) -> None:
+        assert self.store is not None
+        record = {"seq": self.seq, "state": state, "reason": str(reason)}
+        self.store.set(f"trouble/{self.incarnation}/{self.rank}", json.dumps(record))
+        self.store.add(f"trouble/{self.incarnation}/count", 1)
+
+    def _records(self) -> dict[int, dict]:
+        assert self.store is not None
+        found = {}
+        for rank in range(self.size):
+            key = f"trouble/{self.incarnation}/{rank}"
+            if rank != self.rank and self.store.check([key]):
+                found[rank] = json.loads(self.store.get(key))
+        return found
+
+    def _listen(self) -> None:
+        """While waiting: has a peer reported trouble with this very exchange, or a later one?"""
+        assert self.store is not None
+        try:
+            if not self.store.add(f"trouble/{self.incarnation}/count", 0):
+                return
+            records = self._records()
+        except RuntimeError as failure:
+            self._roll_call(f"the group's store does not answer ({failure})")
+        self._raise_aborted(records)
+        if any(record["seq"] >= self.seq and record["state"] == "stuck" for record in records.values()):
+            self._roll_call("a peer reported that it is stuck")
+
+    def _raise_aborted(self, records: dict[int, dict]) -> None:
+        for rank, record in records.items():
+            if record["seq"] == self.seq and record["state"] == "aborted":
+                self.broken = f"rank {rank} aborted exchange {self.seq}"
+                raise PeerAbortedError(
+                    f"rank {rank} raised instead of taking part in exchange {self.seq}: {record['reason']}",
+                    rank=rank,
+                    reason=record["reason"],
+                )
+
+    def _reap(self, work: dist.Work, failure: RuntimeError) -> None:
+        """A completed collective after a failed wait: either it finished in between, or this raises."""
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._roll_call(str(error).splitlines()[0], error)
+
+    def _roll_call(self, symptom: str, cause: Exception | None = None) -> NoReturn:
+        """Report this rank as stuck, see who else reports within two seconds, and name those who do not."""
+        self.broken = f"exchange {self.seq} failed ({symptom})"
+        missing: list[int] | None = None
+        try:
+            self._record("stuck", symptom)
+            end = time.monotonic() + _ROLL_CALL_SECONDS
+            while time.monotonic() < end:
+                records = self._records()
+                self._raise_aborted(records)
+                missing = [
+                    rank
+                    for rank in range(self.size)
+                    if rank != self.rank and (rank not in records or records[rank]["seq"] < self.seq)
+                ]
+                if not missing:
+                    break
+                time.sleep(0.05)
+        except RuntimeError as failure:
+            if isinstance(failure, MoeEpError):
+                raise
+            symptom += "; the group's store, which one rank or the launcher hosts, is gone as well"
+        named = tuple(missing or ())
+        who = f"rank(s) {', '.join(map(str, named))} missing or behind" if named else "no rank could be named"
+        raise PeerTimeoutError(
+            f"exchange {self.seq} of rank {self.rank} failed: {who} ({symptom}); "
+            "see those ranks' logs; raise timeout_s if they are only late; call reset() on all ranks to go on",
+            ranks=named,
+        ) from cause
+
+
+def _describe(header: list[int]) -> str:
+    kind = KINDS[header[2]] if 0 <= header[2] < len(KINDS) else "?"
+    replay = f" of plan {header[4]}" if header[4] else ""
+    return f"exchange {header[1]}, {kind}{replay}"

@@ -1,0 +1,373 @@
+"""``Buffer``: the communication class that MoE frameworks program against, and the base of ``TokenDispatcher``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_ep.backends.control import Call, ControlPlane
+from moe_ep.backends.cuda import load_extension
+from moe_ep.backends.runtime import TorchRuntime
+from moe_ep.backends.torch import TorchBackend
+from moe_ep.buffer_calls import BufferCalls
+from moe_ep.config import Config, record_bytes
+from moe_ep.errors import MoeEpError, NotBuiltError
+from moe_ep.events import EventHandle, EventOverlap, WorkEvent
+
+_LOGGER = logging.getLogger("moe_ep")
+_DEFAULT_TIMEOUT_S = 600.0
+# Any grant that holds this many rows per source works, in as many rounds as it takes.
+_LEAST_ROWS_PER_SOURCE = 64
+
+Result = TypeVar("Result")
+
+
+class Job(Generic[Result]):
+    """An exchange that runs, or ran, on the communication thread."""
+
+    def __init__(self, future: Future[Result]) -> None:
+        self._future = future
+
+    def result(self) -> Result:
+        """Wait for the exchange; raises what it raised."""
+        return self._future.result()
+
+    def done(self) -> bool:
+        """Whether it is complete."""
+        return self._future.done()
+
+    def event(self) -> WorkEvent:
+        """Its completion as an event."""
+        return WorkEvent(self._future)
+
+
+class Buffer(BufferCalls):
+    """Exchanges rows among the ranks of a group.
+
+    Constructing one is collective. Exchanges of one Buffer are serial and must be issued in the same order on all
+    ranks; each has a bounded wait. It is released without any collective: a rank may end before the others.
+
+    Args:
+        group: ProcessGroup or 1-D DeviceMesh; None for a single rank without torch.distributed.
+        num_nvl_bytes: memory granted for exchanges inside a node; 0 reserves what the first exchange needs.
+        num_rdma_bytes: memory granted for exchanges between nodes.
+        low_latency_mode: whether the low-latency family may be used.
+        num_qps_per_rank: queue pairs between two ranks of different nodes.
+        allow_nvlink_for_low_latency_mode: whether low-latency exchanges may use NVLink inside a node.
+        allow_mnnvl: whether NVLink may span hosts.
+        explicitly_destroy: whether the caller calls :meth:`destroy`.
+        enable_mask: whether a timeout masks a rank instead of raising (low-latency family).
+        enable_shrink: another name of ``enable_mask``.
+        timeout_s: bound of every wait in seconds; None takes ``MOE_EP_TIMEOUT_S``, else 600.
+        ranks_per_node: ranks that share a scale-up domain; None for all of them.
+        max_tokens_per_rank: largest T that :meth:`reserve` should expect.
+        backend: ``"auto"``, ``"torch"`` or ``"cuda"``.
+
+    Attributes:
+        rank, group_size, group, num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy, runtime: as named.
+        num_sms: SMs of every exchange of this class when set; overrides ``Config.num_sms``.
+
+    Raises:
+        ValueError: for arguments that cannot work.
+        NotBuiltError: for a backend that is not there.
+        ExchangeMismatchError: when ranks construct with different arguments.
+
+    Example:
+        >>> buffer = Buffer(None)
+        >>> x = torch.ones(3, 8)
+        >>> topk_idx = torch.tensor([[0], [1], [-1]])
+        >>> per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts=2)
+        >>> recv_x, *_, handle, _ = buffer.dispatch(
+        ...     x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert,
+        ...     topk_idx=topk_idx, topk_weights=torch.ones(3, 1))
+        >>> buffer.combine(recv_x, handle)[0].sum(1).tolist()
+        [8.0, 8.0, 0.0]
+    """
+
+    num_sms: ClassVar[int | None] = None
+    _shared: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh | None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        *,
+        enable_mask: bool = False,
+        enable_shrink: bool | None = None,
+        timeout_s: float | None = None,
+        ranks_per_node: int | None = None,
+        max_tokens_per_rank: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.group = resolve_group(group)
+        self.timeout_s = _timeout(timeout_s)
+        self.num_nvl_bytes = num_nvl_bytes
+        self.num_rdma_bytes = num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_mask = enable_mask if enable_shrink is None else enable_shrink
+        self.max_tokens_per_rank = max_tokens_per_rank
+        self._destroyed = False
+        self._executor: ThreadPoolExecutor | None = None
+        self._last: Future | None = None
+        self.control = ControlPlane(self.group, self.timeout_s)
+        self.rank, self.group_size = self.control.rank, self.control.size
+        self.ranks_per_node = ranks_per_node or self.group_size
+        detail = (
+            f"num_nvl_bytes={num_nvl_bytes}, num_rdma_bytes={num_rdma_bytes}, low_latency_mode={low_latency_mode}, "
+            f"ranks_per_node={self.ranks_per_node}, backend={backend}"
+        )
+        self.agree(detail, lambda: self._check_arguments(backend))
+        self.backend_name, self.backend_reason = "torch", _why_torch(backend)
+        self.backend = TorchBackend(self.control, self.group)
+        self.runtime = TorchRuntime(self.rank, self.group_size, self.ranks_per_node, num_nvl_bytes, num_rdma_bytes)
+
+    @classmethod
+    def for_group(
+        cls, group: dist.ProcessGroup | DeviceMesh | None, *, timeout_s: float | None = None, backend: str = "auto"
+    ) -> Buffer:
+        """The Buffer that all dispatchers of a group share; made at the first call, which is collective.
+
+        It lives as long as the group; ranks must ask for the same timeouts and backends in the same order.
+        """
+        resolved = resolve_group(group)
+        if resolved is None:
+            return cls(None, timeout_s=timeout_s, backend=backend)
+        buffers = cls._shared.setdefault(resolved, {})
+        key = (_timeout(timeout_s), backend)
+        if key not in buffers or buffers[key]._destroyed:
+            buffers[key] = cls(resolved, timeout_s=timeout_s, backend=backend)
+        return buffers[key]
+
+    # Life cycle
+
+    def agree(self, detail: str, check: Callable[[], None]) -> None:
+        """Compare settings among all ranks, then check them; an error of one rank is raised on all.
+
+        Args:
+            detail: the settings in words.
+            check: raises for settings that cannot work.
+        """
+        error: Exception | None = None
+        try:
+            check()
+        except (ValueError, MoeEpError) as failure:
+            error = failure
+        self.submit(lambda: self.control.agree(detail, error)).result()
+
+    def _check_arguments(self, backend: str) -> None:
+        if backend not in ("auto", "torch", "cuda"):
+            raise ValueError(f'backend={backend!r} must be "auto", "torch" or "cuda"')
+        if backend == "cuda":
+            _require_cuda()
+        for name in ("num_nvl_bytes", "num_rdma_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 reserves at first use")
+        if self.group_size % self.ranks_per_node:
+            raise ValueError(f"ranks_per_node={self.ranks_per_node} must divide the {self.group_size} ranks of the group")
+
+    def submit(self, run: Callable[[], Result]) -> Job[Result]:
+        """Run an exchange on the communication thread, after all earlier ones."""
+        if self._destroyed:
+            raise MoeEpError("this Buffer was destroyed: construct a new one")
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moe_ep")
+        self._last = self._executor.submit(_run_without_grad, self.control, run)
+        return Job(self._last)
+
+    def run(self, run: Callable[[], Result]) -> Result:
+        """Run an exchange now: on this thread when none is under way, which spares the hand-over."""
+        if self._last is not None and not self._last.done():
+            return self.submit(run).result()
+        if self._destroyed:
+            raise MoeEpError("this Buffer was destroyed: construct a new one")
+        return _run_without_grad(self.control, run)
+
+    def run_job(self, run: Callable[[], Result]) -> Job[Result]:
+        """As :meth:`run`, with the result in a job; errors are raised here."""
+        future: Future[Result] = Future()
+        future.set_result(self.run(run))
+        return Job(future)
+
+    def drain(self) -> None:
+        """Wait for every exchange issued so far; their errors stay with their jobs."""
+        if self._last is not None:
+            self._last.exception()
+
+    def destroy(self) -> None:
+        """Stop using the group. Not collective; needs ``explicitly_destroy=True``."""
+        if not self.explicitly_destroy:
+            raise ValueError("destroy() needs Buffer(..., explicitly_destroy=True); otherwise release is automatic")
+        self._destroyed = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def reset(self) -> None:
+        """Make the Buffer usable after a timeout or abort. Collective; handles made before become stale."""
+        self.drain()
+        self.control.reset()
+        self.backend.max_tokens = 0
+
+    def reserve(self, max_tokens_per_rank: int, row_bytes: int) -> int:
+        """Agree on sizes among all ranks. Collective.
+
+        Args:
+            max_tokens_per_rank: tokens that this rank will send at most.
+            row_bytes: bytes of a row.
+
+        Returns:
+            Bytes that exchanges of these sizes take on this rank, reported before anything is allocated.
+        """
+        words = torch.tensor([max_tokens_per_rank, row_bytes])
+        sizes = self.submit(lambda: self.control.open(Call("reserve"), words)).result().amax(0)
+        tokens, row = int(sizes[0]), int(sizes[1])
+        self.backend.max_tokens = max(self.backend.max_tokens, tokens)
+        return self._exchange_bytes(tokens, row)
+
+    def _exchange_bytes(self, tokens: int, row_bytes: int) -> int:
+        """One send and one receive buffer, every token going to every rank."""
+        return 2 * self.group_size * tokens * record_bytes(row_bytes)
+
+    def memory_report(self, max_tokens_per_rank: int | None = None, row_bytes: int = 0) -> dict[str, int]:
+        """Bytes that exchanges take on this rank, before anything is allocated.
+
+        Args:
+            max_tokens_per_rank: T; None takes the largest seen or given.
+            row_bytes: bytes of a row.
+
+        Returns:
+            ``arena_bytes`` held all the time, and ``exchange_bytes``, the worst case while an exchange runs.
+        """
+        tokens = max_tokens_per_rank or self.max_tokens_per_rank or self.backend.max_tokens
+        return {
+            "arena_bytes": self.num_nvl_bytes + self.num_rdma_bytes,
+            "exchange_bytes": self._exchange_bytes(tokens, row_bytes),
+        }
+
+    # Helpers of the ecosystem's interface
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Use this many SMs in every exchange; overrides ``Config.num_sms``.
+
+        Raises:
+            ValueError: unless positive and even.
+        """
+        Config(num_sms=new_num_sms)
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """The current point of the current stream."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether the extension module was built with code for compute capability 9.0."""
+        try:
+            return any(str(arch).startswith("90") for arch in load_extension().build_info()["cuda_archs"])
+        except NotBuiltError:
+            return False
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """A Config for dispatch among any number of ranks; SMs as measured for the GPU."""
+        return _default_config(num_ranks)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """A Config for combine among any number of ranks; SMs as measured for the GPU."""
+        return _default_config(num_ranks)
+
+    def get_comm_stream(self) -> torch.cuda.Stream | None:
+        """The communication stream; None where exchanges run on a host thread."""
+        return self.runtime.get_comm_stream()
+
+    def get_local_buffer_tensor(
+        self, dtype: torch.dtype, size: int | None = None, offset: int = 0, use_rdma_buffer: bool = False
+    ) -> Tensor:
+        """A view of this rank's buffer memory; see ``TorchRuntime.get_local_buffer_tensor``."""
+        return self.runtime.get_local_buffer_tensor(dtype, size, offset, use_rdma_buffer)
+
+    def check_grant(self, row_bytes: int) -> None:
+        """Raise ValueError for a grant that cannot hold 64 rows from each source."""
+        need = self.group_size * _LEAST_ROWS_PER_SOURCE * record_bytes(row_bytes)
+        if 0 < self.num_nvl_bytes < need:
+            raise ValueError(
+                f"num_nvl_bytes={self.num_nvl_bytes} is too small for rows of {row_bytes} bytes from "
+                f"{self.group_size} ranks: grant at least {need} bytes, or 0 to reserve at first use"
+            )
+
+
+def _run_without_grad(control: ControlPlane, run: Callable[[], Result]) -> Result:
+    with torch.no_grad():
+        try:
+            return run()
+        except MoeEpError:
+            raise
+        except BaseException as error:
+            control.abort(error)
+            raise
+
+
+def _default_config(num_ranks: int) -> Config:
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks={num_ranks} must be at least 1")
+    return Config()
+
+
+def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+    """The process group behind an argument; None stands for a single rank."""
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group is a DeviceMesh with {group.ndim} dimensions; pass one of them, like mesh['ep']")
+        return group.get_group()
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group is {type(group).__name__}; it must be a ProcessGroup, a 1-D DeviceMesh or None")
+    return group
+
+
+def _timeout(timeout_s: float | None) -> float:
+    value = float(os.environ.get("MOE_EP_TIMEOUT_S", _DEFAULT_TIMEOUT_S)) if timeout_s is None else float(timeout_s)
+    if value <= 0:
+        raise ValueError(f"timeout_s={value} must be positive, in seconds")
+    return value
+
+
+def _require_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise NotBuiltError(
+            'backend="cuda" needs a GPU, and torch sees none here: use backend="torch" or "auto"; '
+            "`moe-ep doctor` shows what is missing"
+        )
+    load_extension()
+    raise NotBuiltError(
+        'backend="cuda" needs exchange kernels, which this build of moe_ep._C does not hold: '
+        'use backend="torch" or "auto", which run on this GPU as well'
+    )
+
+
+def _why_torch(backend: str) -> str:
+    if backend == "torch":
+        return "asked for"
+    try:
+        _require_cuda()
+    except NotBuiltError as error:
+        reason = str(error)
+    _LOGGER.info("backend auto chose torch: %s", reason)
+    return reason

@@ -1,0 +1,441 @@
+"""The tuple interface of ``Buffer``: layout, dispatch and combine as MoE frameworks call them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from moe_ep.backends.control import Call, ControlPlane
+from moe_ep.backends.torch import Counted, TorchBackend, identity_places
+from moe_ep.config import Capacity, Config, ExchangeSpec
+from moe_ep.errors import CapacityError, StaleHandleError
+from moe_ep.events import EventOverlap
+from moe_ep.handle import BufferHandle, Plan
+from moe_ep.plan import Groups, Overflow, count_choices, tokens_in_rank
+from moe_ep.validate import check_ids, check_row_dtype, check_routing, check_rows, check_tensor
+
+if TYPE_CHECKING:
+    from moe_ep.buffer import Job
+
+Rows = Tensor | tuple[Tensor, Tensor]
+DispatchResult = tuple[Rows, Tensor | None, Tensor | None, list[int] | None, BufferHandle | None, EventOverlap]
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """Checked arguments of a fresh dispatch."""
+
+    rows: Tensor
+    scales: Tensor | None
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    in_rank: Tensor
+    per_expert: Tensor
+    spec: ExchangeSpec
+
+
+class BufferCalls:
+    """Methods of ``Buffer`` that move rows."""
+
+    rank: int
+    group_size: int
+    ranks_per_node: int
+    control: ControlPlane
+    backend: TorchBackend
+    submit: Callable[[Callable[[], Any]], Job]
+    run: Callable[[Callable[[], Any]], Any]
+    check_grant: Callable[[int], None]
+    _overflow: Overflow | None = None
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
+        """Count where tokens go. Local: nothing is exchanged.
+
+        Args:
+            topk_idx: [T, K] int64, -1 = no choice.
+            num_experts: E, divisible by R.
+            previous_event: waited for first.
+            async_finish: whether ``event`` must be waited for, rather than the current stream.
+            allocate_on_comm_stream: needs ``previous_event`` and ``async_finish``.
+
+        Returns:
+            num_tokens_per_rank int32 [R]; num_tokens_per_rdma_rank int32 [nodes] or None on one node;
+            num_tokens_per_expert int32 [E]; is_token_in_rank bool [T, R]; event. A token counts once per rank.
+
+        Raises:
+            ValueError: for a wrong dtype, shape or id.
+        """
+        _check_events(previous_event, async_finish, allocate_on_comm_stream)
+        check_tensor("topk_idx", topk_idx, shape=(None, None), dtypes=(torch.int64,))
+        if num_experts <= 0 or num_experts % self.group_size:
+            raise ValueError(f"num_experts={num_experts} must be divisible by the {self.group_size} ranks of the group")
+        _wait(previous_event)
+        check_ids(topk_idx, num_experts)
+        in_rank = tokens_in_rank(topk_idx, num_experts, self.group_size)
+        nodes = self.group_size // self.ranks_per_node
+        per_node = None
+        if nodes > 1:
+            per_node = in_rank.view(-1, nodes, self.ranks_per_node).any(2).sum(0).to(torch.int32)
+        per_expert = count_choices(topk_idx, num_experts).to(torch.int32)
+        return in_rank.sum(0).to(torch.int32), per_node, per_expert, in_rank, EventOverlap()
+
+    def dispatch(
+        self,
+        x: Rows,
+        handle: BufferHandle | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> DispatchResult:
+        """Send rows to the ranks of their experts, once per (token, rank).
+
+        Args:
+            x: [T, H] bf16, fp16, fp32 or fp64 rows, or (e4m3 [T, H], scales [T, H/128] fp32 or int32 of any strides).
+            handle: replay this plan; every layout and topk argument must then be None.
+            num_tokens_per_rank: int32 [R] from :meth:`get_dispatch_layout`.
+            num_tokens_per_rdma_rank: int32 [nodes], or None on one node.
+            is_token_in_rank: bool [T, R].
+            num_tokens_per_expert: int32 [E].
+            topk_idx: [T, K] int64, -1 = no choice; None moves rows alone.
+            topk_weights: [T, K] fp32, or None.
+            expert_alignment: the counts in the returned list are rounded up to it.
+            num_worst_tokens: fixed number of output rows; needs ``topk_idx``.
+            config: SMs and chunk sizes; no effect without a GPU.
+            previous_event: the exchange waits for it.
+            async_finish: outputs may be read after ``event``.
+            allocate_on_comm_stream: needs ``previous_event`` and ``async_finish``.
+
+        Returns:
+            recv_x: [N, H] (or the fp8 pair, scales row-major) in the order (source rank, token).
+            recv_topk_idx: [N, K] int64 local ids, -1 where a choice is another rank's.
+            recv_topk_weights: [N, K] fp32, 0 there.
+            num_recv_tokens_per_expert_list: received choices per local expert, rounded up to ``expert_alignment``.
+            handle: for replays; None when replaying.
+            event: an ``EventOverlap``.
+
+        Raises:
+            ValueError, PeerAbortedError, ExchangeMismatchError, PeerTimeoutError, StaleHandleError: as their texts say.
+            CapacityError: at the next call, when ``num_worst_tokens`` did not suffice somewhere.
+        """
+        _check_events(previous_event, async_finish, allocate_on_comm_stream)
+        _wait(previous_event)
+        if handle is not None:
+            layout = (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
+            return self._dispatch_again(x, handle, (*layout, topk_idx, topk_weights), async_finish)
+        request: _Request | None = None
+        error: Exception | None = None
+        try:
+            request = self._check_request(
+                x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights, num_worst_tokens
+            )
+            if expert_alignment <= 0:
+                raise ValueError(f"expert_alignment={expert_alignment} must be positive")
+        except ValueError as failure:
+            error = failure
+        counted = self.run(lambda: self._count(request, error))
+        assert request is not None
+        if request.topk_idx is None:
+            return self._dispatch_masked(request, counted, expert_alignment, async_finish)
+        return self._dispatch_chosen(request, counted, expert_alignment, async_finish)
+
+    def combine(
+        self,
+        x: Tensor,
+        handle: BufferHandle,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Bring rows home and sum them over ranks, in rank order, accumulated in fp32.
+
+        Args:
+            x: [N, H] rows in the order of the dispatch.
+            handle: of the dispatch.
+            topk_weights: [N, K] fp32, summed back elementwise, or None.
+            bias: one or two [T, H] tensors added before rounding.
+            config: as in :meth:`dispatch`.
+            previous_event: as in :meth:`dispatch`.
+            async_finish: as in :meth:`dispatch`.
+            allocate_on_comm_stream: as in :meth:`dispatch`.
+
+        Returns:
+            combined_x [T, H] in x's dtype, zeros (plus bias) for a token that nobody received; combined_topk_weights
+            [T, K] fp32 or None; event.
+
+        Raises:
+            ValueError, PeerAbortedError, ExchangeMismatchError, PeerTimeoutError, StaleHandleError: as their texts say.
+        """
+        _check_events(previous_event, async_finish, allocate_on_comm_stream)
+        _wait(previous_event)
+        plan, error = self._plan_of(handle)
+        biases = () if bias is None else (bias if isinstance(bias, tuple) else (bias,))
+        try:
+            if error is None:
+                self._check_combine(x, plan, topk_weights, biases)
+        except (ValueError, StaleHandleError) as failure:
+            error = failure
+        shapes = "" if error is not None else f"{x.shape[1]}, {x.dtype}, weights={topk_weights is not None}"
+        self.run(lambda: self._announce("combine", plan, shapes, error))
+        out = x.new_empty(plan.num_tokens, x.shape[1])
+        weights = None if topk_weights is None else topk_weights.new_empty(plan.num_tokens, topk_weights.shape[1])
+
+        def run() -> None:
+            out.copy_(self.backend.combine(x, None, plan, biases))
+            if weights is not None and topk_weights is not None:
+                weights.copy_(self.backend.combine_weights(topk_weights, plan))
+
+        return out, weights, self._finish(run, async_finish)
+
+    # Checks
+
+    def check_overflow(self) -> None:
+        """Raise, once, the CapacityError of an earlier exchange with ``num_worst_tokens``."""
+        overflow, self._overflow = self._overflow, None
+        if overflow is not None:
+            raise CapacityError(
+                f"rank {overflow.rank} had to receive {overflow.needed} rows, num_worst_tokens={overflow.given}: "
+                "raise num_worst_tokens; outputs since then are NaN",
+                rank=overflow.rank,
+                needed=overflow.needed,
+                given=overflow.given,
+            )
+
+    def _check_request(
+        self,
+        x: Rows,
+        per_rank: Tensor | None,
+        in_rank: Tensor | None,
+        per_expert: Tensor | None,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        num_worst_tokens: int,
+    ) -> _Request:
+        rows = x[0] if isinstance(x, tuple) else x
+        check_tensor("x", rows, shape=(None, None))
+        check_row_dtype("x", rows)
+        self.check_grant(rows.shape[1] * rows.itemsize)
+        in_rank = check_tensor(
+            "is_token_in_rank", in_rank, shape=(rows.shape[0], self.group_size), dtypes=(torch.bool,), device=rows.device
+        )
+        integers = (torch.int32, torch.int64)
+        per_rank = check_tensor("num_tokens_per_rank", per_rank, shape=(self.group_size,), dtypes=integers)
+        per_expert = check_tensor("num_tokens_per_expert", per_expert, shape=(None,), dtypes=integers)
+        if per_expert.numel() % self.group_size or not per_expert.numel():
+            raise ValueError(
+                f"num_tokens_per_expert has {per_expert.numel()} experts; it must be a multiple of {self.group_size} ranks"
+            )
+        if not torch.equal(in_rank.sum(0).cpu(), per_rank.cpu().to(torch.int64)):
+            raise ValueError("num_tokens_per_rank differs from the column sums of is_token_in_rank: pass one layout's")
+        if topk_idx is None and (topk_weights is not None or num_worst_tokens > 0):
+            raise ValueError("topk_weights and num_worst_tokens need topk_idx: pass it as well")
+        if num_worst_tokens < 0:
+            raise ValueError(f"num_worst_tokens={num_worst_tokens} must not be negative")
+        spec = ExchangeSpec(
+            num_experts=per_expert.numel(),
+            hidden_size=rows.shape[1],
+            top_k=1 if topk_idx is None else topk_idx.shape[-1],
+            num_ranks=self.group_size,
+            dtype=rows.dtype,
+            layout="compact",
+            weights="experts",
+            capacity=Capacity(rows=num_worst_tokens) if num_worst_tokens else None,
+        )
+        rows, scales = check_rows("x", x, spec)
+        if topk_idx is not None:
+            check_routing(rows, topk_idx, topk_weights, spec, spec.num_experts, rows.device.type == "cpu")
+            if not torch.equal(in_rank, tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks)):
+                raise ValueError("is_token_in_rank does not belong to topk_idx: pass get_dispatch_layout's results for it")
+        return _Request(rows, scales, topk_idx, topk_weights, in_rank, per_expert, spec)
+
+    def _check_combine(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, biases: tuple[Tensor, ...]) -> None:
+        check_tensor("x", x, shape=(plan.num_rows, None))
+        check_row_dtype("x", x)
+        if x.device != plan.send.send_src.device:
+            raise StaleHandleError(f"x is on {x.device} but the handle was made on {plan.send.send_src.device}")
+        if topk_weights is not None:
+            check_tensor(
+                "topk_weights", topk_weights, shape=(plan.num_rows, None), dtypes=(torch.float32, torch.float64)
+            )
+        if len(biases) > 2:
+            raise ValueError(f"bias has {len(biases)} tensors; at most two are added")
+        for bias in biases:
+            check_tensor("bias", bias, shape=(plan.num_tokens, x.shape[1]), dtypes=(x.dtype,), device=x.device)
+
+    def _plan_of(self, handle: BufferHandle) -> tuple[Plan, Exception | None]:
+        if not isinstance(handle, BufferHandle):
+            raise ValueError(f"handle is {type(handle).__name__}; pass the handle that dispatch returned")
+        plan = handle.plan
+        if plan.owner != id(self):
+            return plan, StaleHandleError("the handle was made by another Buffer: pass one that this Buffer returned")
+        if plan.incarnation != self.control.incarnation:
+            return plan, StaleHandleError("the handle is from before reset(): dispatch again")
+        return plan, None
+
+    # Exchanges
+
+    def _announce(self, kind: str, plan: Plan, shapes: str, error: Exception | None) -> None:
+        self.check_overflow()
+        self.control.open(Call.of(kind, shapes, plan.serial), error=error)
+
+    def _count(self, request: _Request | None, error: Exception | None) -> Counted:
+        self.check_overflow()
+        if request is None or error is not None:
+            self.control.open(Call("dispatch"), error=error)
+            raise AssertionError("unreachable: open raises the error")
+        spec = request.spec
+        carried = f"topk={request.topk_idx is not None}, weights={request.topk_weights is not None}, scales={request.scales is not None}"
+        call = Call.of("dispatch", f"{spec.describe()}, {carried}")
+        words = torch.cat(
+            [
+                torch.tensor([request.rows.shape[0]]),
+                request.per_expert.to(device="cpu", dtype=torch.int64),
+                request.in_rank.sum(0).cpu(),
+            ]
+        )
+        table = self.control.open(call, words)
+        return Counted.from_table(table, spec)
+
+    def _dispatch_chosen(self, request: _Request, counted: Counted, alignment: int, async_finish: bool) -> DispatchResult:
+        assert request.topk_idx is not None
+        spec, rows = request.spec, request.rows
+        prepared = self.backend.prepare(request.topk_idx, counted, spec, id(self))
+        weight_bytes = 4 if request.topk_weights is None else request.topk_weights.itemsize
+        plan = self.backend.make_plan(prepared, identity_places(rows.device), weight_bytes)
+        if plan.overflowed:
+            self._overflow = prepared.groups.overflow
+        recv = _empty_rows(request, plan.num_rows)
+        recv_idx = request.topk_idx.new_empty(plan.num_rows, spec.top_k)
+        recv_weights = None
+        if request.topk_weights is not None:
+            recv_weights = request.topk_weights.new_empty(plan.num_rows, spec.top_k)
+        source = torch.empty(plan.num_wire, dtype=torch.int32, device=rows.device)
+
+        def run() -> None:
+            moved = self.backend.move(rows, request.scales, request.topk_weights, prepared)
+            _copy_rows(recv, moved.rows, moved.scales)
+            assert moved.topk_idx is not None
+            assert moved.recv_src_idx is not None
+            recv_idx.copy_(moved.topk_idx)
+            source.copy_(moved.recv_src_idx)
+            if recv_weights is not None and moved.row_weights is not None:
+                recv_weights.copy_(moved.row_weights)
+
+        event = self._finish(run, async_finish)
+        handle = self._handle(plan, prepared.groups, prepared.rows_per_rank, source, request.in_rank)
+        listed = [] if spec.capacity is not None else _aligned(prepared.groups.counts, alignment)
+        return recv, recv_idx, recv_weights, listed, handle, event
+
+    def _dispatch_masked(self, request: _Request, counted: Counted, alignment: int, async_finish: bool) -> DispatchResult:
+        plan = self.backend.plan_rows(request.in_rank, counted.rows, id(self))
+        per_rank = request.spec.num_local_experts
+        counts = counted.choices[:, self.rank * per_rank : (self.rank + 1) * per_rank].sum(0)
+        ends = counts.cumsum(0)
+        groups = Groups(counted.choices, counts, ends - counts, ends, plan.num_rows, False, None)
+        recv = _empty_rows(request, plan.num_rows)
+        source = torch.empty(plan.num_wire, dtype=torch.int32, device=request.rows.device)
+
+        def run() -> None:
+            rows, scales, tokens = self.backend.move_rows(request.rows, request.scales, plan)
+            _copy_rows(recv, rows, scales)
+            source.copy_(tokens)
+
+        event = self._finish(run, async_finish)
+        handle = self._handle(plan, groups, counted.rows, source, request.in_rank)
+        return recv, None, None, _aligned(counts, alignment), handle, event
+
+    def _dispatch_again(
+        self, x: Rows, handle: BufferHandle, layout: tuple[Tensor | None, ...], async_finish: bool
+    ) -> DispatchResult:
+        plan, error = self._plan_of(handle)
+        rows, scales = x if isinstance(x, tuple) else (x, None)
+        try:
+            if any(argument is not None for argument in layout):
+                raise ValueError("handle was given together with layout or topk arguments: pass None for those")
+            check_tensor("x", rows, shape=(plan.num_tokens, None))
+            check_row_dtype("x", rows)
+        except ValueError as failure:
+            error = failure
+        shapes = "" if error is not None else f"{rows.shape[1]}, {rows.dtype}, scales={scales is not None}"
+        self.run(lambda: self._announce("replayed dispatch", plan, shapes, error))
+        request = _Request(rows, scales, None, None, handle.is_token_in_rank, rows, _NO_SPEC)
+        recv = _empty_rows(request, plan.num_rows)
+        event = self._finish(lambda: _copy_rows(recv, *self.backend.replay(rows, plan, scales)), async_finish)
+        return recv, None, None, None, None, event
+
+    def _finish(self, run: Callable[[], None], async_finish: bool) -> EventOverlap:
+        if async_finish:
+            return EventOverlap(self.submit(run).event())
+        self.run(run)
+        return EventOverlap()
+
+    def _handle(
+        self, plan: Plan, groups: Groups, rows_per_rank: Tensor, source: Tensor, in_rank: Tensor
+    ) -> BufferHandle:
+        device = source.device
+        empty = torch.empty(0, dtype=torch.int32, device=device)
+        return BufferHandle(
+            rank_prefix_matrix=rows_per_rank.cumsum(0).to(device=device, dtype=torch.int32),
+            channel_prefix_matrix=empty,
+            recv_channel_prefix_matrix=empty,
+            recv_src_idx=source,
+            is_token_in_rank=in_rank,
+            send_head=empty,
+            num_recv_tokens=torch.tensor(plan.num_wire, dtype=torch.int32, device=device),
+            plan=plan,
+            groups=groups,
+        )
+
+
+_NO_SPEC = ExchangeSpec(num_experts=1, hidden_size=8, top_k=1, num_ranks=1, dtype=torch.bfloat16)
+
+
+def _empty_rows(request: _Request, num_rows: int) -> Rows:
+    rows = request.rows.new_empty(num_rows, request.rows.shape[1])
+    if request.scales is None:
+        return rows
+    return rows, request.scales.new_empty(num_rows, request.scales.shape[1])
+
+
+def _copy_rows(out: Rows, rows: Tensor, scales: Tensor | None) -> None:
+    if isinstance(out, tuple):
+        assert scales is not None
+        out[1].copy_(scales)
+        out = out[0]
+    out.view(torch.uint8).copy_(rows.view(torch.uint8))
+
+
+def _aligned(counts: Tensor, alignment: int) -> list[int]:
+    return (-(-counts // alignment) * alignment).tolist()
+
+
+def _check_events(previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool) -> None:
+    if allocate_on_comm_stream and (previous_event is None or not async_finish):
+        raise ValueError("allocate_on_comm_stream=True needs previous_event and async_finish=True")
+
+
+def _wait(previous_event: EventOverlap | None) -> None:
+    if previous_event is not None:
+        previous_event.current_stream_wait()

@@ -1,0 +1,494 @@
+"""``TokenDispatcher``: the nn.Module that moves tokens to the ranks of their experts and back, with gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_ep.autograd import (
+    CombineExchange,
+    CombineLaunch,
+    CombineWait,
+    DispatchExchange,
+    DispatchLaunch,
+    DispatchWait,
+    extras_of,
+)
+from moe_ep.backends.torch import Counted
+from moe_ep.buffer import Buffer, resolve_group
+from moe_ep.config import Capacity, ExchangeSpec, record_bytes
+from moe_ep.errors import StaleHandleError
+from moe_ep.exchange import Exchanger, HookHandle, PhaseEvent
+from moe_ep.handle import NUM_PLAN_TENSORS, DispatchHandle
+
+Rows = Tensor | tuple[Tensor, Tensor]
+_LAYER_NUMBERS = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dispatched:
+    """What a dispatch delivers. N received compact rows, e local experts, rows the number of layout rows.
+
+    Attributes:
+        x: [rows, H] grouped by local expert ("expanded"), [N, H] ("compact") or [e, R * max_tokens, H] ("slab").
+        scales: fp32 [rows, H / 128], only when x came as fp8 with scales.
+        weights: router weights in the rows' layout: [rows], [N, K] or [e, R * max_tokens]; differentiable.
+        topk_idx: int64 [N, K] local expert ids, -1 where a choice is another rank's ("compact" only).
+        tokens_per_expert: int32 [e] real rows of each local expert, on the device.
+        expert_ends: int32 [e] end of each aligned group, what grouped GEMMs take as offsets, on the device.
+        tokens_per_expert_list: the same numbers on the host, where sizes are exact, else None.
+        num_rows: rows of ``x`` (of all slabs together).
+        overflow: bool 0-dim on the device, set when a capacity was exceeded; None without a capacity.
+        handle: what ``combine`` needs.
+    """
+
+    x: Tensor
+    scales: Tensor | None
+    weights: Tensor
+    topk_idx: Tensor | None
+    tokens_per_expert: Tensor
+    expert_ends: Tensor
+    tokens_per_expert_list: list[int] | None
+    num_rows: int
+    overflow: Tensor | None
+    handle: DispatchHandle
+
+
+class PendingDispatch:
+    """A dispatch under way. Must not cross the border of an activation checkpoint."""
+
+    def __init__(
+        self, dispatcher: TokenDispatcher, exchange: DispatchExchange, token: Tensor, scaled: bool = False
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._exchange = exchange
+        self._token = token
+        self._scaled = scaled
+        self._result: Dispatched | None = None
+
+    def wait(self) -> Dispatched:
+        """Wait for the rows; the current stream (on CPU: the host) waits. A second call returns the same result.
+
+        Raises:
+            CapacityError, PeerAbortedError, PeerTimeoutError, ExchangeMismatchError: what the exchange met.
+        """
+        if self._result is None:
+            if self._scaled:
+                rows, weights = self._exchange.wait()
+            else:
+                rows, weights = DispatchWait.apply(self._exchange, self._token)
+            result = self._exchange.result
+            assert result is not None
+            tensors = [*self._exchange.plan_tensors, *extras_of(result)]
+            self._result = self._dispatcher._dispatched(
+                rows, weights, result.tokens_per_expert, tensors, result.scales, result.groups.counts.tolist()
+            )
+            # The payload now belongs to the caller alone.
+            self._exchange.result = None
+            self._exchange.job = None
+        return self._result
+
+
+class PendingCombine:
+    """A combine under way. Must not cross the border of an activation checkpoint."""
+
+    def __init__(self, exchange: CombineExchange, token: Tensor) -> None:
+        self._exchange = exchange
+        self._token = token
+        self._result: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """Wait for the sums [T, H]; a second call returns the same tensor."""
+        if self._result is None:
+            self._result = CombineWait.apply(self._exchange, self._token)
+            self._exchange.job = None
+        assert self._result is not None
+        return self._result
+
+
+class TokenDispatcher(nn.Module):
+    """Moves tokens to the ranks of their experts, and experts' outputs back.
+
+    Constructing one is collective: settings are compared among all ranks. It has no parameters and no buffers.
+
+    Args:
+        group: ProcessGroup or 1-D DeviceMesh; None for a single rank without torch.distributed.
+        num_experts: E, divisible by R; expert j lives on rank j // (E / R).
+        hidden_size: H; rows must be multiples of 16 bytes.
+        top_k: K, choices per token, at most 64.
+        dtype: of rows: bf16, fp16, fp32 or fp64. Under autocast rows take the autocast dtype.
+        layout: ``"expanded"``, ``"compact"`` or ``"slab"``, see :class:`Dispatched`.
+        alignment: expanded groups start at multiples of it.
+        weights: ``"combine"`` multiplies in combine; with ``"experts"`` the experts multiply and combine only sums.
+        capacity: :class:`Capacity`, or None for exact sizes.
+        on_overflow: ``"raise"`` or ``"drop"`` when a capacity is exceeded.
+        max_tokens_per_rank: largest T of any rank; needed for slabs.
+        buffer: to exchange through; None shares the group's.
+        backend: ``"auto"``, ``"torch"`` or ``"cuda"``.
+        num_sms: SMs of each exchange; None takes the measured default.
+        wire_dtype: ``torch.float8_e4m3fn`` casts rows for the wire; they arrive in ``dtype`` again.
+        expert_map: int32 [E_logical, max_replicas] physical ids, -1 after the last; ids are then logical.
+        timeout_s: bound of every wait in seconds; None takes ``MOE_EP_TIMEOUT_S``, else 600.
+        validate: whether to check id values; None checks on the torch backend.
+
+    Raises:
+        ValueError, NotBuiltError, ExchangeMismatchError: for settings that cannot work, or that differ among ranks.
+
+    Example:
+        >>> dispatcher = TokenDispatcher(None, num_experts=4, hidden_size=8, top_k=2, dtype=torch.float32)
+        >>> x, topk_idx = torch.ones(3, 8), torch.tensor([[0, 3], [1, 2], [3, 0]])
+        >>> routed = dispatcher.dispatch(x, topk_idx, torch.full((3, 2), 0.5))
+        >>> routed.tokens_per_expert.tolist()
+        [2, 1, 1, 2]
+        >>> dispatcher.combine(2 * routed.x, routed.handle, routed.weights).sum(1).tolist()
+        [16.0, 16.0, 16.0]
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh | None,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        top_k: int,
+        dtype: torch.dtype = torch.bfloat16,
+        layout: str = "expanded",
+        alignment: int = 1,
+        weights: str = "combine",
+        capacity: Capacity | None = None,
+        on_overflow: str = "raise",
+        max_tokens_per_rank: int | None = None,
+        buffer: Buffer | None = None,
+        backend: str = "auto",
+        num_sms: int | None = None,
+        wire_dtype: torch.dtype | None = None,
+        expert_map: Tensor | None = None,
+        timeout_s: float | None = None,
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.top_k = top_k
+        self.dtype = dtype
+        self.layout = layout
+        self.alignment = alignment
+        self.weights = weights
+        self.capacity = capacity
+        self.on_overflow = on_overflow
+        self.max_tokens_per_rank = max_tokens_per_rank
+        self.num_sms = num_sms
+        self.wire_dtype = wire_dtype
+        self.timeout_s = timeout_s
+        self.validate = validate
+        self.layer: int | str | None = next(_LAYER_NUMBERS)
+        self._backend = backend
+        self._expert_map = expert_map
+        # NOTE: a plain attribute, not a parameter: it makes every exchange have a backward, and never gets a gradient.
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._exchanger: Exchanger | None = None
+        self._hooks: list[tuple[str, Callable[[PhaseEvent], Any]]] = []
+        self._attach(group, buffer)
+
+    # Group
+
+    @property
+    def buffer(self) -> Buffer:
+        """The Buffer that exchanges run through."""
+        return self._live().buffer
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group, None for a single rank."""
+        return self._live().buffer.group
+
+    @property
+    def rank(self) -> int:
+        """This rank in the group."""
+        return self._live().buffer.rank
+
+    @property
+    def group_size(self) -> int:
+        """R."""
+        return self._live().buffer.group_size
+
+    @property
+    def num_local_experts(self) -> int:
+        """e = E / R."""
+        return self.num_experts // self.group_size
+
+    @property
+    def backend_name(self) -> str:
+        """The backend in use."""
+        return self._live().buffer.backend_name
+
+    def set_group(self, group: dist.ProcessGroup | DeviceMesh | None, buffer: Buffer | None = None) -> None:
+        """Attach to a group, after unpickling or to move to another one. Collective; earlier handles become stale."""
+        self._attach(group, buffer)
+
+    def _attach(self, group: dist.ProcessGroup | DeviceMesh | None, buffer: Buffer | None) -> None:
+        if buffer is None:
+            buffer = Buffer.for_group(group, timeout_s=self.timeout_s, backend=self._backend)
+        elif buffer.group is not resolve_group(group):
+            raise ValueError("buffer belongs to another group: pass Buffer.for_group(group), or leave it out")
+        spec = self._spec(buffer.group_size)
+        expert_map = self._expert_map
+        detail = f"{spec.describe()}, expert_map={None if expert_map is None else expert_map.tolist()}"
+        buffer.agree(detail, lambda: _check(spec, expert_map, self.num_sms))
+        validate = buffer.backend_name == "torch" if self.validate is None else self.validate
+        self._exchanger = Exchanger(buffer, spec, expert_map, validate)
+        self._id = self._exchanger.id
+
+    def _spec(self, num_ranks: int) -> ExchangeSpec:
+        return ExchangeSpec(
+            num_experts=self.num_experts,
+            hidden_size=self.hidden_size,
+            top_k=self.top_k,
+            num_ranks=num_ranks,
+            dtype=self.dtype,
+            layout=self.layout,
+            alignment=self.alignment,
+            weights=self.weights,
+            capacity=self.capacity,
+            on_overflow=self.on_overflow,
+            max_tokens_per_rank=self.max_tokens_per_rank,
+            wire_dtype=self.wire_dtype,
+        )
+
+    def _live(self) -> Exchanger:
+        if self._exchanger is None:
+            raise StaleHandleError("this dispatcher has no group, because it was unpickled: call set_group(group) first")
+        self._exchanger.layer = self.layer
+        return self._exchanger
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A group does not pickle; hooks are the caller's closures.
+        return {**self.__dict__, "_exchanger": None, "_id": 0, "_hooks": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenDispatcher:
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        copy.__setstate__(self.__getstate__())
+        copy._anchor = torch.zeros((), requires_grad=True)
+        if self._exchanger is not None:
+            source = self._exchanger
+            copy._exchanger = Exchanger(source.buffer, source.spec, source.expert_map, source.validate)
+            copy._id = copy._exchanger.id
+        return copy
+
+    # Exchanges
+
+    def dispatch(
+        self, x: Rows, topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None = None
+    ) -> Dispatched:
+        """Send tokens to the ranks of their experts.
+
+        Args:
+            x: [T, H] rows in ``dtype``, contiguous; or (e4m3 [T, H], scales [T, H / 128] fp32 or int32), not
+                differentiable.
+            topk_idx: [T, K] int64 expert ids, -1 = no choice; a token may not choose an expert twice.
+            topk_weights: [T, K] fp32 (fp64 for fp64 rows).
+            planned: what :meth:`plan` returned for this ``topk_idx``.
+
+        Returns:
+            A :class:`Dispatched`. Waits for the host in exact mode, never with a capacity on the CUDA backend.
+
+        Raises:
+            ValueError: for a wrong argument, here; the other ranks get PeerAbortedError.
+            CapacityError: when an earlier exchange overflowed under ``on_overflow="raise"``, on all ranks.
+            PeerAbortedError, PeerTimeoutError, ExchangeMismatchError: what happened on another rank.
+        """
+        if planned is not None or isinstance(x, tuple):
+            return self.dispatch_async(x, topk_idx, topk_weights, planned).wait()
+        x = self._cast(x)
+        # NOTE: plain attribute reads: they are what torch.compile guards on.
+        rows, weights, counts, tensors = torch.ops.moe_ep.dispatch(
+            x, topk_idx, self._checked_weights(topk_weights), self._anchor, self._ready_id()
+        )
+        listed = None
+        if self.capacity is None and self.layout != "slab" and not torch.compiler.is_compiling():
+            listed = counts.tolist()
+        return self._dispatched(rows, weights, counts, tensors, None, listed)
+
+    def combine(self, y: Tensor, handle: DispatchHandle, weights: Tensor | None = None) -> Tensor:
+        """Bring expert outputs home and sum them per token, accumulated in fp32.
+
+        Args:
+            y: rows in the layout of ``Dispatched.x``, contiguous.
+            handle: of the dispatch.
+            weights: ``Dispatched.weights``, given exactly when this dispatcher has ``weights="combine"``.
+
+        Returns:
+            [T, H] in y's dtype; zeros for a token without choices.
+
+        Raises:
+            As :meth:`dispatch`, and StaleHandleError for a handle of another dispatcher, device, or before a reset.
+        """
+        return torch.ops.moe_ep.combine(
+            self._cast(y), weights, self._tensors_of(handle), self._anchor, self._ready_id()
+        )
+
+    def dispatch_async(
+        self, x: Rows, topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None = None
+    ) -> PendingDispatch:
+        """As :meth:`dispatch`, returning at once; work created before ``.wait()`` runs beside it, in both directions."""
+        exchange = DispatchExchange(self._live())
+        topk_weights = self._checked_weights(topk_weights)
+        if isinstance(x, tuple):
+            exchange.launch(x, topk_idx, topk_weights, planned)
+            return PendingDispatch(self, exchange, self._anchor, scaled=True)
+        token = DispatchLaunch.apply(exchange, planned, self._cast(x), topk_idx, topk_weights, self._anchor)
+        return PendingDispatch(self, exchange, token)
+
+    def combine_async(self, y: Tensor, handle: DispatchHandle, weights: Tensor | None = None) -> PendingCombine:
+        """As :meth:`combine`, returning at once; work created before ``.wait()`` runs beside it, in both directions."""
+        exchange = CombineExchange(self._live(), self._tensors_of(handle))
+        return PendingCombine(exchange, CombineLaunch.apply(exchange, self._cast(y), weights, self._anchor))
+
+    def plan(self, chunks: list[Tensor]) -> list[Counted]:
+        """Exchange the counts of several sets of tokens at once, so that their dispatches need no further one.
+
+        Args:
+            chunks: ``topk_idx`` [T_i, K] of each set; the same number on all ranks.
+
+        Returns:
+            One plan per set, to pass as ``planned`` with that ``topk_idx``.
+        """
+        return self._live().plan(chunks)
+
+    # Hooks and state
+
+    def register_hook(self, phase: str, fn: Callable[[PhaseEvent], Any]) -> HookHandle:
+        """Call ``fn(PhaseEvent)`` on the host when a phase is reached.
+
+        Args:
+            phase: ``dispatch_launched``, ``dispatch_ready``, ``combine_launched``, ``combine_ready``, or one of these
+                behind ``backward_``, where ``backward_dispatch_*`` is the reversed exchange of dispatch.
+            fn: what it raises is raised at the launch or wait that called it.
+
+        Returns:
+            A handle with ``remove()``.
+        """
+        return self._live().register_hook(phase, fn)
+
+    def check(self) -> None:
+        """Wait for exchanges under way and raise the CapacityError of one that overflowed, on all ranks."""
+        exchanger = self._live()
+        exchanger.buffer.drain()
+        exchanger.raise_overflow()
+
+    def reset(self) -> None:
+        """Make exchanges possible again after a timeout or abort. Collective; earlier handles become stale."""
+        self._live().buffer.reset()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since construction, without a wait for the device.
+
+        Returns:
+            ``exchanges`` (number), ``tokens_per_expert`` (int64 [e] on the CPU: choices received), ``wait_seconds``
+            (spent by this rank waiting for payload and headers, for all dispatchers of the Buffer).
+        """
+        exchanger = self._live()
+        return {
+            "exchanges": exchanger.num_exchanges,
+            "tokens_per_expert": exchanger.choices_received.clone(),
+            "wait_seconds": exchanger.buffer.control.wait_seconds,
+        }
+
+    def memory_report(self, max_tokens_per_rank: int | None = None) -> dict[str, int]:
+        """Bytes on this rank before anything is allocated.
+
+        Args:
+            max_tokens_per_rank: T; None takes the constructor's, or the largest seen.
+
+        Returns:
+            ``arena_bytes`` and ``exchange_bytes`` of the Buffer; ``saved_bytes_per_layer``, what autograd keeps of one
+            layer's rows until backward under even routing (y for ``weights="combine"``, nothing for ``"experts"``);
+            ``plan_bytes_per_layer``, index tensors of a handle.
+        """
+        buffer = self.buffer
+        tokens = max_tokens_per_rank or self.max_tokens_per_rank or buffer.backend.max_tokens
+        row_bytes = self.hidden_size * self.dtype.itemsize
+        rows = self._live().spec.static_rows or tokens * self.top_k
+        return {
+            **buffer.memory_report(tokens, row_bytes),
+            "record_bytes": record_bytes(row_bytes),
+            "saved_bytes_per_layer": rows * (row_bytes + 4) if self.weights == "combine" else 0,
+            "plan_bytes_per_layer": 8 * 6 * tokens * self.top_k,
+        }
+
+    def extra_repr(self) -> str:
+        """The settings in ``print(model)``."""
+        return f"{self._spec(1 if self._exchanger is None else self.group_size).describe()}"
+
+    # Internals
+
+    def _ready_id(self) -> int:
+        if self._exchanger is None:
+            self._live()
+        if not torch.compiler.is_compiling():
+            self._live()
+        return self._id
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """Rows in the autocast dtype where autocast is on."""
+        if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+            return x
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if not torch.compiler.is_compiling():
+            self._live().allow_dtype(dtype)
+        return x.to(dtype)
+
+    @staticmethod
+    def _checked_weights(topk_weights: Tensor | None) -> Tensor:
+        # NOTE: an absent tensor cannot be handed to an operator; -1 by 0 fails the shape check on every path.
+        return torch.empty(0, 0) if topk_weights is None else topk_weights
+
+    def _tensors_of(self, handle: DispatchHandle) -> list[Tensor]:
+        if not isinstance(handle, DispatchHandle):
+            raise ValueError(f"handle is {type(handle).__name__}; pass the handle of dispatch's result")
+        return list(handle.tensors)
+
+    def _dispatched(
+        self,
+        rows: Tensor,
+        weights: Tensor,
+        counts: Tensor,
+        tensors: list[Tensor],
+        scales: Tensor | None,
+        listed: list[int] | None,
+    ) -> Dispatched:
+        expert_ends, overflow, topk_idx = tensors[NUM_PLAN_TENSORS:]
+        return Dispatched(
+            x=rows,
+            scales=scales,
+            weights=weights,
+            topk_idx=topk_idx if self.layout == "compact" else None,
+            tokens_per_expert=counts,
+            expert_ends=expert_ends,
+            tokens_per_expert_list=listed if self.capacity is None and self.layout != "slab" else None,
+            num_rows=rows.shape[0] * rows.shape[1] if self.layout == "slab" else rows.shape[0],
+            overflow=overflow if self.capacity is not None else None,
+            handle=DispatchHandle(tuple(tensors[:NUM_PLAN_TENSORS])),
+        )
+
+
+def _check(spec: ExchangeSpec, expert_map: Tensor | None, num_sms: int | None) -> None:
+    spec.check()
+    if num_sms is not None and (num_sms <= 0 or num_sms % 2):
+        raise ValueError(f"num_sms={num_sms} must be positive and even, or None for the measured default")
+    if expert_map is None:
+        return
+    if not isinstance(expert_map, Tensor) or expert_map.dtype != torch.int32 or expert_map.dim() != 2:
+        raise ValueError("expert_map must be an int32 tensor [E_logical, max_replicas]")
+    if int(expert_map.max()) >= spec.num_experts or int(expert_map.min()) < -1:
+        raise ValueError(f"expert_map has ids up to {int(expert_map.max())}; physical ids are below {spec.num_experts}")
+    if bool((expert_map[:, 0] < 0).any()):
+        raise ValueError("expert_map has an expert without a replica: its first column must hold ids >= 0")

@@ -1,0 +1,349 @@
+"""One dispatcher's exchanges: settings, headers, hooks, overflow and counters, without autograd.
+
+``Exchanger`` turns validated calls into jobs of its Buffer. Every job announces itself with a header first, so an error
+of one rank reaches the others before any payload moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ep.backends.control import Call
+from moe_ep.backends.torch import Counted, Dispatch
+from moe_ep.buffer import Buffer, Job
+from moe_ep.config import ExchangeSpec
+from moe_ep.errors import CapacityError, StaleHandleError
+from moe_ep.handle import Plan
+from moe_ep.plan import Overflow, logical_to_physical, tokens_in_rank
+from moe_ep.validate import check_layout_rows, check_routing, check_row_weights, check_rows
+
+PHASES = tuple(
+    prefix + phase
+    for prefix in ("", "backward_")
+    for phase in ("dispatch_launched", "dispatch_ready", "combine_launched", "combine_ready")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseEvent:
+    """What a hook is told.
+
+    Attributes:
+        phase: one of ``PHASES``; ``backward_dispatch_*`` is the reversed exchange of dispatch.
+        layer: the dispatcher's ``layer``.
+        seq: number of the exchange among those of this dispatcher, the same on every rank.
+        stream: the communication stream, or None on a CPU.
+        recompute: whether a forward phase runs again under activation checkpointing.
+    """
+
+    phase: str
+    layer: int | str | None
+    seq: int
+    stream: object | None
+    recompute: bool
+
+
+class HookHandle:
+    """Removes its hook."""
+
+    def __init__(self, hooks: dict[int, Callable[[PhaseEvent], Any]], key: int) -> None:
+        self._hooks = hooks
+        self._key = key
+
+    def remove(self) -> None:
+        """Take the hook out; doing so twice is fine."""
+        self._hooks.pop(self._key, None)
+
+
+class Exchanger:
+    """Carries out the exchanges of one ``TokenDispatcher``.
+
+    Args:
+        buffer: where they run.
+        spec: the settings, compared among ranks by the dispatcher.
+        expert_map: [E_logical, max_replicas] int32 physical ids, or None.
+        validate: whether to read and check ids.
+    """
+
+    def __init__(self, buffer: Buffer, spec: ExchangeSpec, expert_map: Tensor | None, validate: bool) -> None:
+        self.buffer = buffer
+        self.spec = spec
+        self.expert_map = expert_map
+        self.validate = validate
+        self.layer: int | str | None = None
+        self.id = register(self)
+        self._hooks: dict[str, dict[int, Callable[[PhaseEvent], Any]]] = {phase: {} for phase in PHASES}
+        self._next_hook = 0
+        self._seq = 0
+        self.overlap = False
+        self._overflow: Overflow | None = None
+        self.num_exchanges = 0
+        self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64)
+
+    # Hooks
+
+    def register_hook(self, phase: str, fn: Callable[[PhaseEvent], Any]) -> HookHandle:
+        """Call ``fn(PhaseEvent)`` on the host whenever ``phase`` is reached, in eager mode."""
+        if phase not in self._hooks:
+            raise ValueError(f"phase={phase!r} must be one of {', '.join(PHASES)}")
+        self._next_hook += 1
+        self._hooks[phase][self._next_hook] = fn
+        return HookHandle(self._hooks[phase], self._next_hook)
+
+    def fire(self, phase: str, seq: int) -> None:
+        """Run the hooks of a phase; what they raise is raised here."""
+        hooks = self._hooks[phase]
+        if not hooks:
+            return
+        # A forward exchange inside a running backward is one that checkpointing repeats.
+        recompute = not phase.startswith("backward_") and torch._C._current_graph_task_id() != -1
+        event = PhaseEvent(phase, self.layer, seq, self.buffer.get_comm_stream(), recompute)
+        for fn in list(hooks.values()):
+            fn(event)
+
+    # Overflow
+
+    def raise_overflow(self) -> None:
+        """Raise, once, the CapacityError of an earlier exchange. All ranks see the same."""
+        overflow, self._overflow = self._overflow, None
+        if overflow is not None:
+            raise CapacityError(
+                f"routing needed {overflow.needed} rows on rank {overflow.rank}, its capacity gives {overflow.given}: "
+                'raise the capacity, balance the router, or use on_overflow="drop"; outputs since then are NaN',
+                rank=overflow.rank,
+                needed=overflow.needed,
+                given=overflow.given,
+            )
+
+    # Exchanges. Each returns a job; its result() is what the docstring says.
+
+    def plan(self, chunks: list[Tensor]) -> list[Counted]:
+        """Exchange the counts of several sets of tokens at once; blocks."""
+        spec = self.spec
+        error: Exception | None = None
+        try:
+            if not chunks:
+                raise ValueError("plan got no chunks; pass at least one topk_idx")
+            rows = torch.empty(0, spec.hidden_size, dtype=spec.dtype)
+            for topk_idx in chunks:
+                x = rows.new_empty(0).expand(topk_idx.shape[0], 0) if isinstance(topk_idx, Tensor) else rows
+                check_routing(x.to(topk_idx.device), topk_idx, None, spec, self._num_ids(), self.validate)
+        except ValueError as failure:
+            error = failure
+        return self._launch(lambda: self._count("plan", spec, chunks, error), error).result()
+
+    def dispatch(
+        self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None
+    ) -> Job[Dispatch]:
+        """Rows to the ranks of their experts."""
+        spec = self._spec_for(x)
+        error: Exception | None = None
+        rows = scales = None
+        try:
+            rows, scales = check_rows("x", x, spec)
+            if topk_weights is None:
+                raise ValueError("topk_weights are missing: pass the router's [T, K] weights, or ones")
+            check_routing(rows, topk_idx, topk_weights, spec, self._num_ids(), self.validate)
+            if planned is not None and int(planned.tokens[self.buffer.rank]) != rows.shape[0]:
+                raise ValueError(
+                    f"planned counts are of {int(planned.tokens[self.buffer.rank])} tokens but x has {rows.shape[0]}: "
+                    "pass what plan() returned for this topk_idx"
+                )
+        except ValueError as failure:
+            error = failure
+
+        def run() -> Dispatch:
+            if planned is None:
+                (counted,) = self._count("dispatch", spec, [topk_idx], error, scales is not None)
+            else:
+                counted = planned
+                self._open("dispatch", spec, error=error)
+            result = self.buffer.backend.dispatch(
+                rows, scales, self._physical(topk_idx), topk_weights, counted, spec, self.id
+            )
+            self.choices_received += result.groups.counts
+            if result.plan.overflowed:
+                self._overflow = result.groups.overflow
+            return result
+
+        return self._launch(run, error)
+
+    def combine(self, y: Tensor, row_weights: Tensor | None, plan_tensors: list[Tensor]) -> Job[Tensor]:
+        """[T, H]: each token's weighted sum."""
+        spec = self._spec_for(y)
+        plan, error = self._plan_of(plan_tensors)
+        try:
+            if error is None:
+                check_layout_rows("y", y, plan, spec)
+                check_row_weights(row_weights, plan, spec)
+        except (ValueError, StaleHandleError) as failure:
+            error = failure
+
+        def run() -> Tensor:
+            self._open("combine", spec, plan.serial, error)
+            weights = None if row_weights is None else row_weights.reshape(-1)
+            return self.buffer.backend.combine(y.reshape(-1, spec.hidden_size), weights, plan)
+
+        return self._launch(run, error)
+
+    def replay(self, x: Tensor, plan_tensors: list[Tensor]) -> Job[Tensor]:
+        """Layout rows of other rows [T, H] along a plan: the reversed combine."""
+        spec = self._spec_for(x)
+        plan, error = self._plan_of(plan_tensors)
+        try:
+            if error is None:
+                check_rows("x", x, spec, plan.num_tokens)
+        except ValueError as failure:
+            error = failure
+
+        def run() -> Tensor:
+            self._open("replayed dispatch", spec, plan.serial, error)
+            return self._shape(self.buffer.backend.replay(x, plan)[0])
+
+        return self._launch(run, error)
+
+    def combine_grads(
+        self, grads: Tensor, weight_grads: Tensor, plan_tensors: list[Tensor]
+    ) -> Job[tuple[Tensor, Tensor]]:
+        """Gradients of x [T, H] and of topk_weights [T, K]: the reversed dispatch."""
+        spec = self._spec_for(grads)
+        plan, error = self._plan_of(plan_tensors)
+
+        def run() -> tuple[Tensor, Tensor]:
+            self._open("combine of gradients", spec, plan.serial, error)
+            flat = weight_grads if spec.layout == "compact" else weight_grads.reshape(-1)
+            return self.buffer.backend.combine_grads(grads.reshape(-1, spec.hidden_size), flat, plan)
+
+        return self._launch(run, error)
+
+    def next_seq(self) -> int:
+        """Number of the exchange being launched, for hooks."""
+        self._seq += 1
+        return self._seq
+
+    def layout_rows(self, result: Dispatch) -> tuple[Tensor, Tensor]:
+        """Rows and weights of a dispatch in the shape users see."""
+        assert result.row_weights is not None
+        weights = result.row_weights
+        if self.spec.layout == "slab":
+            weights = weights.view(self.spec.num_local_experts, -1)
+        return self._shape(result.rows), weights
+
+    def _shape(self, rows: Tensor) -> Tensor:
+        if self.spec.layout == "slab":
+            return rows.view(self.spec.num_local_experts, -1, self.spec.hidden_size)
+        return rows
+
+    def _num_ids(self) -> int:
+        return self.spec.num_experts if self.expert_map is None else self.expert_map.shape[0]
+
+    def _physical(self, topk_idx: Tensor) -> Tensor:
+        return topk_idx if self.expert_map is None else logical_to_physical(topk_idx, self.expert_map)
+
+    def _spec_for(self, x: object) -> ExchangeSpec:
+        """The settings with the dtype that autocast gives the rows, where it is on."""
+        if isinstance(x, Tensor) and x.dtype != self.spec.dtype and torch.is_autocast_enabled(x.device.type):
+            return _with_dtype(self.spec, torch.get_autocast_dtype(x.device.type))
+        if isinstance(x, Tensor) and x.dtype in self._autocast_dtypes:
+            return _with_dtype(self.spec, x.dtype)
+        return self.spec
+
+    @functools.cached_property
+    def _autocast_dtypes(self) -> set[torch.dtype]:
+        """Dtypes that autocast gave rows; backward runs outside of autocast and meets them again."""
+        return set()
+
+    def allow_dtype(self, dtype: torch.dtype) -> None:
+        """Accept rows of an autocast dtype from now on."""
+        self._autocast_dtypes.add(dtype)
+
+    def _plan_of(self, tensors: list[Tensor]) -> tuple[Plan, Exception | None]:
+        plan = Plan.from_tensors(tensors)
+        if plan.owner != self.id:
+            return plan, StaleHandleError(
+                "the handle was made by another dispatcher: pass the handle that this dispatcher's dispatch returned"
+            )
+        if plan.incarnation != self.buffer.control.incarnation:
+            return plan, StaleHandleError("the handle is from before reset(): dispatch again")
+        return plan, None
+
+    def _count(
+        self, kind: str, spec: ExchangeSpec, chunks: list[Tensor], error: Exception | None, fp8: bool = False
+    ) -> list[Counted]:
+        call = self._call(kind, spec, 0, len(chunks) if error is None else 0, fp8)
+        if error is not None:
+            return self.buffer.backend.exchange_counts(call, spec, [], error)
+        physical = [self._physical(topk_idx) for topk_idx in chunks]
+        masks = [tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks) for topk_idx in physical]
+        return self.buffer.backend.exchange_counts(call, spec, list(zip(physical, masks, strict=True)))
+
+    def _open(self, kind: str, spec: ExchangeSpec, serial: int = 0, error: Exception | None = None) -> None:
+        self.buffer.control.open(self._call(kind, spec, serial), error=error)
+
+    def _call(self, kind: str, spec: ExchangeSpec, serial: int, num_chunks: int = 1, fp8: bool = False) -> Call:
+        digest, detail = _describe(spec)
+        return Call(kind, (digest + 31 * num_chunks + fp8) & 0x7FFFFFFF, serial, detail)
+
+    def _guarded(self, run: Callable[[], Any]) -> Any:
+        # In the order of exchanges, so that all ranks raise at the same one.
+        self.raise_overflow()
+        self.num_exchanges += 1
+        return run()
+
+    def _launch(self, run: Callable[[], Any], error: Exception | None) -> Job:
+        """Start a job; without ``overlap`` it runs to its end here. An error of this rank's input is raised here."""
+        job = (self.buffer.submit if self.overlap else self.buffer.run_job)(lambda: self._guarded(run))
+        if error is not None:
+            job.result()
+        return job
+
+    @contextlib.contextmanager
+    def overlapped(self) -> Iterator[None]:
+        """Jobs started inside run beside the caller, on the communication thread."""
+        before, self.overlap = self.overlap, True
+        try:
+            yield
+        finally:
+            self.overlap = before
+
+
+@functools.lru_cache(maxsize=256)
+def _describe(spec: ExchangeSpec) -> tuple[int, str]:
+    return spec.digest(), spec.describe()
+
+
+@functools.lru_cache(maxsize=256)
+def _with_dtype(spec: ExchangeSpec, dtype: torch.dtype) -> ExchangeSpec:
+    return dataclasses.replace(spec, dtype=dtype)
+
+
+_LIVE: weakref.WeakValueDictionary[int, Exchanger] = weakref.WeakValueDictionary()
+_next_id = 0
+
+
+def register(exchanger: Exchanger) -> int:
+    """Give an exchanger a number that operators can carry; the table does not keep it alive."""
+    global _next_id
+    _next_id += 1
+    _LIVE[_next_id] = exchanger
+    return _next_id
+
+
+def lookup(exchanger_id: int) -> Exchanger:
+    """The live exchanger of a number.
+
+    Raises:
+        StaleHandleError: when its dispatcher is gone.
+    """
+    exchanger = _LIVE.get(exchanger_id)
+    if exchanger is None:
+        raise StaleHandleError("the dispatcher of this exchange no longer exists: keep it alive until backward is done")
+    return exchanger

@@ -1,0 +1,156 @@
+"""Handles: plans kept after a dispatch, replayed by combine and by both backward passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_ep.plan import Groups, PlacePlan, SendPlan
+
+_SCALARS = (
+    "owner",
+    "incarnation",
+    "serial",
+    "num_tokens",
+    "top_k",
+    "num_wire",
+    "num_rows",
+    "num_valid",
+    "per_choice",
+    "overflowed",
+    "weight_bytes",
+)
+_IDENTITY_FLAGS = ("row_src", "row_pos", "row_choice", "back_rows", "back_offsets")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One exchange's plan, as index tensors and host numbers. Holds no payload and nothing that requires grad.
+
+    Attributes:
+        owner: id of the dispatcher or Buffer that made it.
+        incarnation: how often its Buffer had been reset.
+        serial: number of the exchange that made it, the same on every rank.
+        num_tokens: T.
+        top_k: K.
+        num_wire: N, wire rows received.
+        num_rows: layout rows allocated.
+        num_valid: layout rows that carry a choice.
+        per_choice: whether wire rows are per choice.
+        overflowed: whether outputs must be poisoned, because a capacity was exceeded under ``on_overflow="raise"``.
+        weight_bytes: bytes of one router weight on the wire, 4 or 8.
+        recv_counts: wire rows from each source rank.
+        send: the source's half.
+        place: the destination's half.
+    """
+
+    owner: int
+    incarnation: int
+    serial: int
+    num_tokens: int
+    top_k: int
+    num_wire: int
+    num_rows: int
+    num_valid: int
+    per_choice: bool
+    overflowed: bool
+    weight_bytes: int
+    recv_counts: list[int]
+    send: SendPlan
+    place: PlacePlan
+
+    def to_tensors(self) -> list[Tensor]:
+        """The plan as tensors alone, the form in which operators and autograd carry it."""
+        scalars = [int(getattr(self, name)) for name in _SCALARS]
+        flags = [int(getattr(self.place, name) is None) for name in _IDENTITY_FLAGS]
+        sizes = torch.tensor([*scalars, *flags, *self.send.send_counts, *self.recv_counts], dtype=torch.int64)
+        empty = self.send.send_src.new_empty(0)
+        # NOTE: an operator may not return one tensor twice, so an absent or shared one is a tensor of its own.
+        place = [getattr(self.place, name) for name in _IDENTITY_FLAGS]
+        if self.place.row_choice is self.place.row_src and self.place.row_src is not None:
+            place[_IDENTITY_FLAGS.index("row_choice")] = self.place.row_src.clone()
+        if self.place.back_rows is self.place.row_pos and self.place.row_pos is not None:
+            place[_IDENTITY_FLAGS.index("back_rows")] = self.place.row_pos.clone()
+        send = self.send
+        return [
+            sizes,
+            send.send_src,
+            send.choice_pos,
+            send.token_rows,
+            send.token_offsets,
+            self.place.pad_rows,
+            *(empty.clone() if tensor is None else tensor for tensor in place),
+        ]
+
+    @staticmethod
+    def from_tensors(tensors: list[Tensor] | tuple[Tensor, ...]) -> Plan:
+        """Inverse of :meth:`to_tensors`."""
+        sizes, send_src, choice_pos, token_rows, token_offsets, pad_rows, *place = tensors
+        numbers = sizes.tolist()
+        scalars = dict(zip(_SCALARS, numbers, strict=False))
+        numbers = numbers[len(_SCALARS) :]
+        flags, numbers = numbers[: len(_IDENTITY_FLAGS)], numbers[len(_IDENTITY_FLAGS) :]
+        half = len(numbers) // 2
+        fields = {
+            name: None if absent else tensor
+            for name, absent, tensor in zip(_IDENTITY_FLAGS, flags, place, strict=True)
+        }
+        scalars["per_choice"] = bool(scalars["per_choice"])
+        scalars["overflowed"] = bool(scalars["overflowed"])
+        return Plan(
+            **scalars,
+            recv_counts=numbers[half:],
+            send=SendPlan(send_src, numbers[:half], choice_pos, token_rows, token_offsets),
+            place=PlacePlan(pad_rows=pad_rows, **fields),
+        )
+
+
+NUM_SCALARS = len(_SCALARS) + len(_IDENTITY_FLAGS)
+NUM_PLAN_TENSORS = 6 + len(_IDENTITY_FLAGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchHandle:
+    """The plan of one dispatch, valid as long as it lives and for any number of replays.
+
+    It holds nothing but index tensors: no payload, no buffer memory, nothing that requires grad.
+
+    Attributes:
+        tensors: the plan, in the form of the operators of ``moe_ep::``.
+    """
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan with its numbers on the host."""
+        return Plan.from_tensors(self.tensors)
+
+
+class BufferHandle(NamedTuple):
+    """What ``Buffer.dispatch`` returns for replays; the first six fields are those of the ecosystem.
+
+    Attributes:
+        rank_prefix_matrix: int32 [R, R]; entry [i][r] = rows that rank r receives from source ranks 0..i.
+        channel_prefix_matrix: empty, unused here.
+        recv_channel_prefix_matrix: empty, unused here.
+        recv_src_idx: int32 [N], token index of each received row at its source.
+        is_token_in_rank: bool [T, R].
+        send_head: empty, unused here.
+        num_recv_tokens: int32 0-dim, N.
+        plan: private.
+        groups: private.
+    """
+
+    rank_prefix_matrix: Tensor
+    channel_prefix_matrix: Tensor
+    recv_channel_prefix_matrix: Tensor
+    recv_src_idx: Tensor
+    is_token_in_rank: Tensor
+    send_head: Tensor
+    num_recv_tokens: Tensor
+    plan: Plan
+    groups: Groups

@@ -1,0 +1,370 @@
+"""The routing plan: everything that follows from ``topk_idx`` and the exchanged counts, without any payload.
+
+Words: T tokens, K choices, E experts, R ranks, e = E / R. A *wire row* is a row as it crosses between ranks: one per
+(token, rank), or one per choice (``ExchangeSpec.per_choice``). A *layout row* is a row of ``Dispatched.x``.
+Wire rows are ordered by (destination, [local expert,] token) where they are sent, hence by (source, [local expert,]
+token) where they arrive; layout rows follow the promised order (source rank, token), inside an expert where rows are
+grouped. Nothing here loops over tokens or experts, and nothing communicates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_ep.config import ExchangeSpec
+
+
+class Overflow(NamedTuple):
+    """The first rank whose capacity does not hold what routing asks of it."""
+
+    rank: int
+    needed: int
+    given: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Where the rows of each local expert lie on one rank. All tensors are int64 on the CPU.
+
+    Attributes:
+        kept: [R, E] choices of each source rank for each expert after capacity drops.
+        counts: [e] rows of each local expert.
+        starts: [e] first layout row of each group.
+        ends: [e] end of each aligned group.
+        num_rows: layout rows allocated.
+        zero_padded: whether the rows between a group's count and its end are zero, rather than undefined (slabs).
+        overflow: set when some rank's capacity is exceeded, the same on every rank.
+    """
+
+    kept: Tensor
+    counts: Tensor
+    starts: Tensor
+    ends: Tensor
+    num_rows: int
+    zero_padded: bool
+    overflow: Overflow | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SendPlan:
+    """The source's half of a plan. Index tensors are int64 on the tokens' device.
+
+    Attributes:
+        send_src: [S] token of each wire row.
+        send_counts: wire rows for each destination rank.
+        choice_pos: [T * K] place of each choice's metadata: ``row * K + k`` per token and rank, ``row`` per choice;
+            -1 where nothing is sent.
+        token_rows: [S] wire rows sorted by token.
+        token_offsets: [T] where each token's wire rows begin in ``token_rows``.
+    """
+
+    send_src: Tensor
+    send_counts: list[int]
+    choice_pos: Tensor
+    token_rows: Tensor
+    token_offsets: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacePlan:
+    """The destination's half of a plan. Index tensors are int64 on the rows' device.
+
+    Attributes:
+        row_src: [V] wire row behind each valid layout row; None when it is the identity.
+        row_pos: [V] layout row of each valid row; None when it is the identity.
+        pad_rows: [P] layout rows inside groups that must be zero.
+        row_choice: [V] place in the received metadata of each valid row's weight; None when it is the identity.
+        back_rows: layout rows sorted by wire row; None when it is the identity.
+        back_offsets: [N] where each wire row's layout rows begin in ``back_rows``; None when each has exactly one.
+    """
+
+    row_src: Tensor | None
+    row_pos: Tensor | None
+    pad_rows: Tensor
+    row_choice: Tensor | None
+    back_rows: Tensor | None
+    back_offsets: Tensor | None
+
+
+def exclusive_cumsum(counts: Tensor) -> Tensor:
+    """[n] sums of everything before each entry."""
+    return counts.cumsum(0) - counts
+
+
+def ranges(starts: Tensor, counts: Tensor, total: int | None = None) -> Tensor:
+    """Concatenation of ``arange(starts[i], starts[i] + counts[i])``, without a loop.
+
+    Args:
+        starts: [n] int64.
+        counts: [n] int64.
+        total: sum of counts where the host knows it, which spares a wait for the device.
+    """
+    shift = torch.repeat_interleave(starts - exclusive_cumsum(counts), counts, output_size=total)
+    return shift + torch.arange(shift.numel(), device=shift.device)
+
+
+def logical_to_physical(topk_idx: Tensor, expert_map: Tensor) -> Tensor:
+    """Replace logical experts by replicas: replica = token index mod number of replicas.
+
+    Args:
+        topk_idx: [T, K] int64 logical ids, -1 = no choice.
+        expert_map: [E_logical, max_replicas] integer physical ids, -1 after the last replica of an expert.
+
+    Returns:
+        [T, K] int64 physical ids, -1 = no choice.
+    """
+    table = expert_map.to(device=topk_idx.device, dtype=torch.int64)
+    replicas = (table >= 0).sum(1).clamp_(min=1)
+    logical = topk_idx.clamp(min=0)
+    token = torch.arange(topk_idx.shape[0], device=topk_idx.device).unsqueeze(1)
+    physical = table[logical, token % replicas[logical]]
+    return torch.where(topk_idx >= 0, physical, -1)
+
+
+def count_choices(topk_idx: Tensor, num_experts: int) -> Tensor:
+    """[E] int64 choices of each expert. ``topk_idx`` [T, K] int64, -1 = no choice."""
+    return torch.bincount(topk_idx.flatten() + 1, minlength=num_experts + 1)[1:]
+
+
+def tokens_in_rank(topk_idx: Tensor, num_experts: int, num_ranks: int) -> Tensor:
+    """[T, R] bool: whether a token goes to a rank, once however many of that rank's experts it chose."""
+    rank = torch.div(topk_idx, num_experts // num_ranks, rounding_mode="floor")  # -1 stays -1
+    hits = torch.zeros(topk_idx.shape[0], num_ranks + 1, dtype=torch.bool, device=topk_idx.device)
+    return hits.scatter_(1, rank + 1, True)[:, 1:].contiguous()
+
+
+def fit_capacity(counts: Tensor, rows_per_rank: Tensor, spec: ExchangeSpec, max_tokens: int) -> tuple[Tensor, int, Overflow | None]:
+    """Apply the capacity to the count matrix, identically on every rank.
+
+    Args:
+        counts: [R, E] int64, choices of each source rank for each expert.
+        rows_per_rank: [R, R] int64, tokens that source r sends to rank d.
+        spec: the settings that all ranks share.
+        max_tokens: largest token count of any rank so far.
+
+    Returns:
+        kept: [R, E] choices that remain: each expert keeps its first ones in the order (source rank, token).
+        per_expert: rows of each fixed-size group, 0 where groups are packed.
+        overflow: None, or the first rank that overflowed.
+    """
+    capacity = spec.capacity
+    if spec.layout == "slab":
+        return counts, spec.num_ranks * (spec.max_tokens_per_rank or 0), None
+    if capacity is None:
+        return counts, 0, None
+    wanted = counts.sum(0)
+    if capacity.rows is None:
+        per_expert = capacity.per_expert or rows_of_factor(capacity.factor or 0.0, spec, max_tokens)
+        needed = wanted.view(spec.num_ranks, -1).amax(1)
+        limit, keep = per_expert, wanted.clamp(max=per_expert)
+    else:
+        per_expert, limit = 0, capacity.rows
+        needed, keep = _share_rows(wanted, rows_per_rank, spec, limit)
+    over = (needed > limit).nonzero()
+    if not over.numel():
+        return counts, per_expert, None
+    rank = int(over[0])
+    before = counts.cumsum(0) - counts
+    kept = torch.minimum((keep - before).clamp(min=0), counts)
+    return kept, per_expert, Overflow(rank, int(needed[rank]), limit)
+
+
+def rows_of_factor(factor: float, spec: ExchangeSpec, max_tokens: int) -> int:
+    """Rows per expert of ``Capacity(factor=...)``: even share times the factor, rounded up to the alignment."""
+    share = factor * spec.num_ranks * max_tokens * spec.top_k / spec.num_experts
+    units = -(-share // spec.alignment)
+    return max(int(units), 1) * spec.alignment
+
+
+def _share_rows(wanted: Tensor, rows_per_rank: Tensor, spec: ExchangeSpec, limit: int) -> tuple[Tensor, Tensor]:
+    """Rows [R] that each rank needs, and rows [E] that each expert keeps: floor(rows x its share) where too many."""
+    per_rank = wanted.view(spec.num_ranks, -1)
+    aligned = -(-per_rank // spec.alignment) * spec.alignment
+    needed = rows_per_rank.sum(0) if spec.layout == "compact" else aligned.sum(1)
+    # Room for padding first, so that the kept groups fit however their sizes round up.
+    usable = limit - per_rank.shape[1] * (spec.alignment - 1)
+    share = usable * per_rank // per_rank.sum(1, keepdim=True).clamp(min=1)
+    keep = torch.where((needed > limit).unsqueeze(1), share, per_rank)
+    return needed, keep.flatten()
+
+
+def make_groups(kept: Tensor, rows_per_rank: Tensor, per_expert: int, overflow: Overflow | None, spec: ExchangeSpec, rank: int) -> Groups:
+    """Lay out the groups of one rank.
+
+    Args:
+        kept: [R, E] from :func:`fit_capacity`.
+        rows_per_rank: [R, R] wire rows per (source, destination) when sent per token and rank.
+        per_expert: rows of each fixed-size group, 0 where groups are packed.
+        overflow: passed on.
+        spec: the settings.
+        rank: this rank.
+    """
+    first = rank * spec.num_local_experts
+    counts = kept[:, first : first + spec.num_local_experts].sum(0)
+    if spec.layout == "compact":
+        ends = counts.cumsum(0)
+        num_rows = int(rows_per_rank[:, rank].sum())
+        if spec.capacity is not None:
+            num_rows = spec.capacity.rows or per_expert * spec.num_local_experts
+        return Groups(kept, counts, ends - counts, ends, num_rows, False, overflow)
+    if per_expert:
+        sizes = torch.full_like(counts, per_expert)
+    else:
+        sizes = -(-counts // spec.alignment) * spec.alignment
+    ends = sizes.cumsum(0)
+    num_rows = int(ends[-1])
+    if spec.capacity is not None and spec.capacity.rows is not None:
+        num_rows = spec.capacity.rows
+    return Groups(kept, counts, ends - sizes, ends, num_rows, spec.layout != "slab", overflow)
+
+
+def _sort_by_expert(topk_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Valid choices as flat indices t * K + k in the order (expert, token), and their experts."""
+    flat = topk_idx.flatten()
+    valid = (flat >= 0).nonzero().squeeze(1)
+    experts, order = torch.sort(flat[valid], stable=True)
+    return valid[order], experts
+
+
+def drop_choices(topk_idx: Tensor, allowed: Tensor) -> Tensor:
+    """Keep each expert's first choices in token order, set the others to -1.
+
+    Args:
+        topk_idx: [T, K] int64, -1 = no choice.
+        allowed: [E] int64 choices that this source may keep of each expert.
+    """
+    allowed = allowed.to(topk_idx.device)
+    choices, experts = _sort_by_expert(topk_idx)
+    starts = exclusive_cumsum(torch.bincount(experts, minlength=allowed.numel()))
+    position = torch.arange(choices.numel(), device=topk_idx.device) - starts[experts]
+    kept = choices[position < allowed[experts]]
+    out = torch.full_like(topk_idx, -1)
+    out.view(-1)[kept] = topk_idx.flatten()[kept]
+    return out
+
+
+def plan_send_per_choice(topk_idx: Tensor, counts: Tensor, num_ranks: int) -> SendPlan:
+    """One wire row per choice, ordered by (destination, local expert, token).
+
+    Args:
+        topk_idx: [T, K] int64, -1 = no choice.
+        counts: [E] int64 on the CPU, choices of each expert.
+        num_ranks: R.
+    """
+    num_tokens, top_k = topk_idx.shape
+    choices, _ = _sort_by_expert(topk_idx)
+    choice_pos = torch.full((num_tokens * top_k,), -1, dtype=torch.int64, device=topk_idx.device)
+    choice_pos[choices] = torch.arange(choices.numel(), device=topk_idx.device)
+    chosen = choice_pos.view(num_tokens, top_k) >= 0
+    return SendPlan(
+        send_src=torch.div(choices, top_k, rounding_mode="floor"),
+        send_counts=counts.view(num_ranks, -1).sum(1).tolist(),
+        choice_pos=choice_pos,
+        token_rows=choice_pos[chosen.flatten()],
+        token_offsets=exclusive_cumsum(chosen.sum(1)),
+    )
+
+
+def plan_send_per_rank(in_rank: Tensor, send_counts: list[int], topk_idx: Tensor | None, num_experts: int) -> SendPlan:
+    """One wire row per (token, rank), ordered by (destination, token).
+
+    Args:
+        in_rank: [T, R] bool.
+        send_counts: tokens for each rank, the column sums of ``in_rank``.
+        topk_idx: [T, K] int64, -1 = no choice; None for an exchange of rows alone.
+        num_experts: E.
+    """
+    num_tokens, num_ranks = in_rank.shape
+    by_rank = in_rank.t().contiguous()
+    pairs = by_rank.nonzero()
+    slot = torch.full((num_ranks, num_tokens), -1, dtype=torch.int64, device=in_rank.device)
+    slot[by_rank] = torch.arange(pairs.shape[0], device=in_rank.device)
+    slot = slot.t()
+    choice_pos = torch.empty(0, dtype=torch.int64, device=in_rank.device)
+    if topk_idx is not None:
+        top_k = topk_idx.shape[1]
+        rank = torch.div(topk_idx.clamp(min=0), num_experts // num_ranks, rounding_mode="floor")
+        place = slot.gather(1, rank) * top_k + torch.arange(top_k, device=in_rank.device)
+        choice_pos = torch.where(topk_idx >= 0, place, -1).flatten()
+    return SendPlan(
+        send_src=pairs[:, 1].contiguous(),
+        send_counts=send_counts,
+        choice_pos=choice_pos,
+        token_rows=slot[in_rank],
+        token_offsets=exclusive_cumsum(in_rank.sum(1)),
+    )
+
+
+def local_choices(topk_idx: Tensor, send: SendPlan, num_experts: int) -> Tensor:
+    """[S, K] int64 expert ids as the destination numbers them, -1 where a choice is another rank's."""
+    per_rank = num_experts // len(send.send_counts)
+    ranks = torch.arange(len(send.send_counts), device=topk_idx.device)
+    counts = torch.tensor(send.send_counts, device=topk_idx.device)
+    base = torch.repeat_interleave(ranks * per_rank, counts, output_size=sum(send.send_counts))
+    ids = topk_idx.index_select(0, send.send_src) - base.unsqueeze(1)
+    return ids.masked_fill_((ids < 0) | (ids >= per_rank), -1)
+
+
+def place_per_rank(local_ids: Tensor, groups: Groups) -> PlacePlan:
+    """Expand rows that came once per (token, rank) into groups by local expert.
+
+    Args:
+        local_ids: [N, K] int64 local expert ids of the received rows, -1 = another rank's.
+        groups: this rank's groups.
+    """
+    num_wire, top_k = local_ids.shape
+    device = local_ids.device
+    choices, _ = _sort_by_expert(local_ids)
+    positions = _valid_positions(groups, device)
+    layout = torch.arange(choices.numel(), device=device) if positions is None else positions
+    of_choice = torch.full((num_wire * top_k,), -1, dtype=torch.int64, device=device)
+    of_choice[choices] = layout
+    chosen = local_ids >= 0
+    return PlacePlan(
+        row_src=torch.div(choices, top_k, rounding_mode="floor"),
+        row_pos=positions,
+        pad_rows=_pad_rows(groups, device),
+        row_choice=choices,
+        back_rows=of_choice[chosen.flatten()],
+        back_offsets=exclusive_cumsum(chosen.sum(1)),
+    )
+
+
+def place_per_choice(source_counts: Tensor, groups: Groups, device: torch.device) -> PlacePlan:
+    """Regroup rows that came once per choice: (source, local expert, token) -> (local expert, source, token).
+
+    Args:
+        source_counts: [R, e] int64 on the CPU, rows from each source for each local expert.
+        groups: this rank's groups.
+        device: of the rows.
+    """
+    positions = _valid_positions(groups, device)
+    row_src = None
+    if min(source_counts.shape) > 1:
+        starts = exclusive_cumsum(source_counts.flatten()).view_as(source_counts)
+        row_src = ranges(starts.t().flatten(), source_counts.t().flatten()).to(device)
+    if row_src is None:
+        back_rows = positions
+    else:
+        layout = torch.arange(row_src.numel(), device=device) if positions is None else positions
+        back_rows = torch.empty_like(row_src)
+        back_rows[row_src] = layout
+    return PlacePlan(row_src, positions, _pad_rows(groups, device), row_src, back_rows, None)
+
+
+def _valid_positions(groups: Groups, device: torch.device) -> Tensor | None:
+    """[V] layout row of each valid row in the order of the groups; None when the groups are packed without gaps."""
+    if torch.equal(groups.starts, exclusive_cumsum(groups.counts)):
+        return None
+    return ranges(groups.starts, groups.counts).to(device)
+
+
+def _pad_rows(groups: Groups, device: torch.device) -> Tensor:
+    if not groups.zero_padded:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    pads = groups.ends - groups.starts - groups.counts
+    return ranges(groups.starts + groups.counts, pads).to(device)
