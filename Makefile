@@ -75,5 +75,5 @@ $(BUILD_FULL) $(BUILD_HOST): $(SOURCES) $(TORCH) $(call REQUIREMENTS_OF,demo)
 	rm -f $(STAMPS)/build-*
 	$(if $(filter $@,$(BUILD_HOST)),MOE_EP_WITH_CUDA=0 MOE_EP_WITH_NVSHMEM=0,MOE_EP_WITH_CUDA=$(MOE_EP_WITH_CUDA)) \
 	  $(PIP) install -v --no-build-isolation --no-deps -e . > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
-	grep -o 'moe_ep: .*' $(STAMPS)/build.log
+	grep -o 'moe_ep: built .*' $(STAMPS)/build.log
 	touch $@

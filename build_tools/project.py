@@ -24,7 +24,9 @@ def read_pyproject() -> dict:
 
 
 def nvshmem_requirements() -> list[str]:
-    """Returns the wheel that ``MOE_EP_WITH_NVSHMEM=cu12|cu13`` asks for, in the versions the extra of that name allows.
+    """Returns the wheel that ``MOE_EP_WITH_NVSHMEM=cu12|cu13`` asks for.
+
+    It is the oldest that the extra of that name allows at run time: newer libraries serve what older ones built.
 
     Raises:
         ValueError: for a value outside cu12, cu13, 0 and 1 (0: do not build against NVSHMEM, 1: one must be found).
@@ -36,7 +38,8 @@ def nvshmem_requirements() -> list[str]:
         raise ValueError(
             f"MOE_EP_WITH_NVSHMEM={choice!r}: must be cu12, cu13, 0 or 1; leave it unset to use what is found"
         )
-    return list(read_pyproject()["project"]["optional-dependencies"][choice])
+    (allowed,) = read_pyproject()["project"]["optional-dependencies"][choice]
+    return [re.sub(r">=([\d.]+).*", r"==\1", allowed)]
 
 
 def requirements(extras: list[str]) -> list[str]:
