@@ -172,7 +172,9 @@ def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: AN
 
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple:  # noqa: ANN401
-    plan, kept = list(ctx.saved_tensors[: ctx.num_plan]), ctx.saved_tensors[ctx.num_plan :]
+    # NOTE: saved tensors may be unpacked only once under non-reentrant checkpointing.
+    saved = ctx.saved_tensors
+    plan, kept = list(saved[: ctx.num_plan]), saved[ctx.num_plan :]
     rows = torch.ops.moe_ep.dispatch_replay(grad, plan, ctx.num_rows, ctx.dispatcher_id)
     dy, dweights = weighted_grads(rows, *kept) if kept else (rows, None)
     return dy, dweights, [None] * ctx.num_plan, None, None
@@ -337,7 +339,8 @@ class CombineLaunch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_token: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
         rows = ctx.exchange.wait_backward()
-        dy, dweights = weighted_grads(rows, *ctx.saved_tensors) if ctx.saved_tensors else (rows, None)
+        saved = ctx.saved_tensors
+        dy, dweights = weighted_grads(rows, *saved) if saved else (rows, None)
         return None, dy, dweights, None
 
 
