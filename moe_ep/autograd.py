@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from moe_ep.backends.torch import Counted, Dispatch
-from moe_ep.buffer import Job
 from moe_ep.config import ExchangeSpec
+from moe_ep.events import Job
 from moe_ep.exchange import Exchanger, lookup
 from moe_ep.handle import NUM_PLAN_TENSORS, NUM_SCALARS
 
@@ -52,9 +52,7 @@ def dispatch_op(
 
 
 @torch.library.custom_op("moe_ep::combine", mutates_args=())
-def combine_op(
-    y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: Tensor, dispatcher_id: int
-) -> Tensor:
+def combine_op(y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: Tensor, dispatcher_id: int) -> Tensor:
     """Layout rows home: [T, H], each token's (weighted) sum."""
     exchanger = lookup(dispatcher_id)
     seq = exchanger.next_seq()
@@ -112,9 +110,7 @@ def _dispatch_fake(
     return rows, weights, counts, [*plan, *extras]
 
 
-def _fake_rows(
-    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, spec: ExchangeSpec
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_rows(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, spec: ExchangeSpec) -> tuple[Tensor, Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size
     if spec.layout == "slab":
         shape = (spec.num_local_experts, spec.num_ranks * (spec.max_tokens_per_rank or 0))

@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from moe_ep.backends.torch import TorchBackend
 from moe_ep.buffer_calls import BufferCalls
 from moe_ep.config import Config, record_bytes
 from moe_ep.errors import MoeEpError, NotBuiltError
-from moe_ep.events import EventHandle, EventOverlap, WorkEvent
+from moe_ep.events import EventHandle, EventOverlap, Job
 
 _LOGGER = logging.getLogger("moe_ep")
 _DEFAULT_TIMEOUT_S = 600.0
@@ -29,25 +29,6 @@ _DEFAULT_TIMEOUT_S = 600.0
 _LEAST_ROWS_PER_SOURCE = 64
 
 Result = TypeVar("Result")
-
-
-class Job(Generic[Result]):
-    """An exchange that runs, or ran, on the communication thread."""
-
-    def __init__(self, future: Future[Result]) -> None:
-        self._future = future
-
-    def result(self) -> Result:
-        """Wait for the exchange; raises what it raised."""
-        return self._future.result()
-
-    def done(self) -> bool:
-        """Whether it is complete."""
-        return self._future.done()
-
-    def event(self) -> WorkEvent:
-        """Its completion as an event."""
-        return WorkEvent(self._future)
 
 
 class Buffer(BufferCalls):
@@ -179,7 +160,9 @@ class Buffer(BufferCalls):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 reserves at first use")
         if self.group_size % self.ranks_per_node:
-            raise ValueError(f"ranks_per_node={self.ranks_per_node} must divide the {self.group_size} ranks of the group")
+            raise ValueError(
+                f"ranks_per_node={self.ranks_per_node} must divide the {self.group_size} ranks of the group"
+            )
 
     def submit(self, run: Callable[[], Result]) -> Job[Result]:
         """Run an exchange on the communication thread, after all earlier ones."""

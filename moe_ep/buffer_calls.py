@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_ep.backends.control import Call, ControlPlane
-from moe_ep.backends.torch import Counted, TorchBackend, identity_places
+from moe_ep.backends.place import identity_places
+from moe_ep.backends.torch import Counted, TorchBackend
 from moe_ep.config import Capacity, Config, ExchangeSpec
 from moe_ep.errors import CapacityError, StaleHandleError
-from moe_ep.events import EventOverlap
-from moe_ep.handle import BufferHandle, Plan
-from moe_ep.plan import Groups, Overflow, count_choices, tokens_in_rank
-from moe_ep.validate import check_ids, check_row_dtype, check_routing, check_rows, check_tensor
-
-if TYPE_CHECKING:
-    from moe_ep.buffer import Job
+from moe_ep.events import EventOverlap, Job
+from moe_ep.handle import BufferHandle, Groups, Overflow, Plan
+from moe_ep.plan import count_choices, tokens_in_rank
+from moe_ep.validate import check_ids, check_routing, check_row_dtype, check_rows, check_tensor
 
 Rows = Tensor | tuple[Tensor, Tensor]
 DispatchResult = tuple[Rows, Tensor | None, Tensor | None, list[int] | None, BufferHandle | None, EventOverlap]
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +143,13 @@ class BufferCalls:
         error: Exception | None = None
         try:
             request = self._check_request(
-                x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights, num_worst_tokens
+                x,
+                num_tokens_per_rank,
+                is_token_in_rank,
+                num_tokens_per_expert,
+                topk_idx,
+                topk_weights,
+                num_worst_tokens,
             )
             if expert_alignment <= 0:
                 raise ValueError(f"expert_alignment={expert_alignment} must be positive")
@@ -238,14 +241,19 @@ class BufferCalls:
         check_row_dtype("x", rows)
         self.check_grant(rows.shape[1] * rows.itemsize)
         in_rank = check_tensor(
-            "is_token_in_rank", in_rank, shape=(rows.shape[0], self.group_size), dtypes=(torch.bool,), device=rows.device
+            "is_token_in_rank",
+            in_rank,
+            shape=(rows.shape[0], self.group_size),
+            dtypes=(torch.bool,),
+            device=rows.device,
         )
         integers = (torch.int32, torch.int64)
         per_rank = check_tensor("num_tokens_per_rank", per_rank, shape=(self.group_size,), dtypes=integers)
         per_expert = check_tensor("num_tokens_per_expert", per_expert, shape=(None,), dtypes=integers)
         if per_expert.numel() % self.group_size or not per_expert.numel():
             raise ValueError(
-                f"num_tokens_per_expert has {per_expert.numel()} experts; it must be a multiple of {self.group_size} ranks"
+                f"num_tokens_per_expert has {per_expert.numel()} experts; it must be a multiple of the "
+                f"{self.group_size} ranks of the group"
             )
         if not torch.equal(in_rank.sum(0).cpu(), per_rank.cpu().to(torch.int64)):
             raise ValueError("num_tokens_per_rank differs from the column sums of is_token_in_rank: pass one layout's")
@@ -267,7 +275,9 @@ class BufferCalls:
         if topk_idx is not None:
             check_routing(rows, topk_idx, topk_weights, spec, spec.num_experts, rows.device.type == "cpu")
             if not torch.equal(in_rank, tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks)):
-                raise ValueError("is_token_in_rank does not belong to topk_idx: pass get_dispatch_layout's results for it")
+                raise ValueError(
+                    "is_token_in_rank does not belong to topk_idx: pass get_dispatch_layout's results for it"
+                )
         return _Request(rows, scales, topk_idx, topk_weights, in_rank, per_expert, spec)
 
     def _check_combine(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, biases: tuple[Tensor, ...]) -> None:
@@ -306,7 +316,8 @@ class BufferCalls:
             self.control.open(Call("dispatch"), error=error)
             raise AssertionError("unreachable: open raises the error")
         spec = request.spec
-        carried = f"topk={request.topk_idx is not None}, weights={request.topk_weights is not None}, scales={request.scales is not None}"
+        parts = {"topk": request.topk_idx, "weights": request.topk_weights, "scales": request.scales}
+        carried = ", ".join(f"{name}={value is not None}" for name, value in parts.items())
         call = Call.of("dispatch", f"{spec.describe()}, {carried}")
         words = torch.cat(
             [
@@ -318,7 +329,9 @@ class BufferCalls:
         table = self.control.open(call, words)
         return Counted.from_table(table, spec)
 
-    def _dispatch_chosen(self, request: _Request, counted: Counted, alignment: int, async_finish: bool) -> DispatchResult:
+    def _dispatch_chosen(
+        self, request: _Request, counted: Counted, alignment: int, async_finish: bool
+    ) -> DispatchResult:
         assert request.topk_idx is not None
         spec, rows = request.spec, request.rows
         prepared = self.backend.prepare(request.topk_idx, counted, spec, id(self))
@@ -348,7 +361,9 @@ class BufferCalls:
         listed = [] if spec.capacity is not None else _aligned(prepared.groups.counts, alignment)
         return recv, recv_idx, recv_weights, listed, handle, event
 
-    def _dispatch_masked(self, request: _Request, counted: Counted, alignment: int, async_finish: bool) -> DispatchResult:
+    def _dispatch_masked(
+        self, request: _Request, counted: Counted, alignment: int, async_finish: bool
+    ) -> DispatchResult:
         plan = self.backend.plan_rows(request.in_rank, counted.rows, id(self))
         per_rank = request.spec.num_local_experts
         counts = counted.choices[:, self.rank * per_rank : (self.rank + 1) * per_rank].sum(0)

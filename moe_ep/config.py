@@ -273,7 +273,9 @@ def _check_choices(spec: ExchangeSpec) -> None:
 def _check_capacity(spec: ExchangeSpec) -> None:
     if spec.layout == "slab":
         if spec.max_tokens_per_rank is None:
-            raise ValueError('max_tokens_per_rank is missing: layout="slab" has R * max_tokens_per_rank rows per expert')
+            raise ValueError(
+                'max_tokens_per_rank is missing: layout="slab" has R * max_tokens_per_rank rows per expert'
+            )
         if spec.capacity is not None:
             raise ValueError('capacity must be None with layout="slab": a slab always holds every row')
     if spec.capacity is None:

@@ -264,7 +264,9 @@ class TokenDispatcher(nn.Module):
 
     def _live(self) -> Exchanger:
         if self._exchanger is None:
-            raise StaleHandleError("this dispatcher has no group, because it was unpickled: call set_group(group) first")
+            raise StaleHandleError(
+                "this dispatcher has no group, because it was unpickled: call set_group(group) first"
+            )
         self._exchanger.layer = self.layer
         return self._exchanger
 
@@ -285,9 +287,7 @@ class TokenDispatcher(nn.Module):
 
     # Exchanges
 
-    def dispatch(
-        self, x: Rows, topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None = None
-    ) -> Dispatched:
+    def dispatch(self, x: Rows, topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None = None) -> Dispatched:
         """Send tokens to the ranks of their experts.
 
         Args:
@@ -338,7 +338,7 @@ class TokenDispatcher(nn.Module):
     def dispatch_async(
         self, x: Rows, topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None = None
     ) -> PendingDispatch:
-        """As :meth:`dispatch`, returning at once; work created before ``.wait()`` runs beside it, in both directions."""
+        """As :meth:`dispatch`, returning at once; work created before ``.wait()`` runs beside it, also in backward."""
         exchange = DispatchExchange(self._live())
         topk_weights = self._checked_weights(topk_weights)
         if isinstance(x, tuple):
@@ -348,7 +348,7 @@ class TokenDispatcher(nn.Module):
         return PendingDispatch(self, exchange, token)
 
     def combine_async(self, y: Tensor, handle: DispatchHandle, weights: Tensor | None = None) -> PendingCombine:
-        """As :meth:`combine`, returning at once; work created before ``.wait()`` runs beside it, in both directions."""
+        """As :meth:`combine`, returning at once; work created before ``.wait()`` runs beside it, also in backward."""
         exchange = CombineExchange(self._live(), self._tensors_of(handle))
         return PendingCombine(exchange, CombineLaunch.apply(exchange, self._cast(y), weights, self._anchor))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 class Waitable(Protocol):
@@ -46,6 +48,25 @@ class WorkEvent:
     def current_stream_wait(self) -> None:
         """Block the host until the exchange is complete."""
         self._future.result()
+
+
+class Job(Generic[Result]):
+    """An exchange that runs, or ran, on the communication thread."""
+
+    def __init__(self, future: Future[Result]) -> None:
+        self._future = future
+
+    def result(self) -> Result:
+        """Wait for the exchange; raises what it raised."""
+        return self._future.result()
+
+    def done(self) -> bool:
+        """Whether it is complete."""
+        return self._future.done()
+
+    def event(self) -> WorkEvent:
+        """Its completion as an event."""
+        return WorkEvent(self._future)
 
 
 class EventOverlap:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from moe_ep.backends.control import Call
 from moe_ep.backends.torch import Counted, Dispatch
-from moe_ep.buffer import Buffer, Job
+from moe_ep.buffer import Buffer
 from moe_ep.config import ExchangeSpec
 from moe_ep.errors import CapacityError, StaleHandleError
-from moe_ep.handle import Plan
-from moe_ep.plan import Overflow, logical_to_physical, tokens_in_rank
+from moe_ep.events import Job
+from moe_ep.handle import Overflow, Plan
+from moe_ep.plan import logical_to_physical, tokens_in_rank
 from moe_ep.validate import check_layout_rows, check_routing, check_row_weights, check_rows
 
 PHASES = tuple(
@@ -166,6 +167,7 @@ class Exchanger:
             else:
                 counted = planned
                 self._open("dispatch", spec, error=error)
+            assert rows is not None
             result = self.buffer.backend.dispatch(
                 rows, scales, self._physical(topk_idx), topk_weights, counted, spec, self.id
             )

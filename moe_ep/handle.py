@@ -8,7 +8,78 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_ep.plan import Groups, PlacePlan, SendPlan
+
+class Overflow(NamedTuple):
+    """The first rank whose capacity does not hold what routing asks of it."""
+
+    rank: int
+    needed: int
+    given: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Where the rows of each local expert lie on one rank. All tensors are int64 on the CPU.
+
+    Attributes:
+        kept: [R, E] choices of each source rank for each expert after capacity drops.
+        counts: [e] rows of each local expert.
+        starts: [e] first layout row of each group.
+        ends: [e] end of each aligned group.
+        num_rows: layout rows allocated.
+        zero_padded: whether the rows between a group's count and its end are zero, rather than undefined (slabs).
+        overflow: set when some rank's capacity is exceeded, the same on every rank.
+    """
+
+    kept: Tensor
+    counts: Tensor
+    starts: Tensor
+    ends: Tensor
+    num_rows: int
+    zero_padded: bool
+    overflow: Overflow | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SendPlan:
+    """The source's half of a plan. Index tensors are int64 on the tokens' device.
+
+    Attributes:
+        send_src: [S] token of each wire row.
+        send_counts: wire rows for each destination rank.
+        choice_pos: [T * K] place of each choice's metadata: ``row * K + k`` per token and rank, ``row`` per choice;
+            -1 where nothing is sent.
+        token_rows: [S] wire rows sorted by token.
+        token_offsets: [T] where each token's wire rows begin in ``token_rows``.
+    """
+
+    send_src: Tensor
+    send_counts: list[int]
+    choice_pos: Tensor
+    token_rows: Tensor
+    token_offsets: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacePlan:
+    """The destination's half of a plan. Index tensors are int64 on the rows' device.
+
+    Attributes:
+        row_src: [V] wire row behind each valid layout row; None when it is the identity.
+        row_pos: [V] layout row of each valid row; None when it is the identity.
+        pad_rows: [P] layout rows inside groups that must be zero.
+        row_choice: [V] place in the received metadata of each valid row's weight; None when it is the identity.
+        back_rows: layout rows sorted by wire row; None when it is the identity.
+        back_offsets: [N] where each wire row's layout rows begin in ``back_rows``; None when each has exactly one.
+    """
+
+    row_src: Tensor | None
+    row_pos: Tensor | None
+    pad_rows: Tensor
+    row_choice: Tensor | None
+    back_rows: Tensor | None
+    back_offsets: Tensor | None
+
 
 _SCALARS = (
     "owner",
@@ -95,8 +166,7 @@ class Plan:
         flags, numbers = numbers[: len(_IDENTITY_FLAGS)], numbers[len(_IDENTITY_FLAGS) :]
         half = len(numbers) // 2
         fields = {
-            name: None if absent else tensor
-            for name, absent, tensor in zip(_IDENTITY_FLAGS, flags, place, strict=True)
+            name: None if absent else tensor for name, absent, tensor in zip(_IDENTITY_FLAGS, flags, place, strict=True)
         }
         scalars["per_choice"] = bool(scalars["per_choice"])
         scalars["overflowed"] = bool(scalars["overflowed"])

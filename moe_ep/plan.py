@@ -9,85 +9,11 @@ grouped. Nothing here loops over tokens or experts, and nothing communicates.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from moe_ep.config import ExchangeSpec
-
-
-class Overflow(NamedTuple):
-    """The first rank whose capacity does not hold what routing asks of it."""
-
-    rank: int
-    needed: int
-    given: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Groups:
-    """Where the rows of each local expert lie on one rank. All tensors are int64 on the CPU.
-
-    Attributes:
-        kept: [R, E] choices of each source rank for each expert after capacity drops.
-        counts: [e] rows of each local expert.
-        starts: [e] first layout row of each group.
-        ends: [e] end of each aligned group.
-        num_rows: layout rows allocated.
-        zero_padded: whether the rows between a group's count and its end are zero, rather than undefined (slabs).
-        overflow: set when some rank's capacity is exceeded, the same on every rank.
-    """
-
-    kept: Tensor
-    counts: Tensor
-    starts: Tensor
-    ends: Tensor
-    num_rows: int
-    zero_padded: bool
-    overflow: Overflow | None
-
-
-@dataclasses.dataclass(frozen=True)
-class SendPlan:
-    """The source's half of a plan. Index tensors are int64 on the tokens' device.
-
-    Attributes:
-        send_src: [S] token of each wire row.
-        send_counts: wire rows for each destination rank.
-        choice_pos: [T * K] place of each choice's metadata: ``row * K + k`` per token and rank, ``row`` per choice;
-            -1 where nothing is sent.
-        token_rows: [S] wire rows sorted by token.
-        token_offsets: [T] where each token's wire rows begin in ``token_rows``.
-    """
-
-    send_src: Tensor
-    send_counts: list[int]
-    choice_pos: Tensor
-    token_rows: Tensor
-    token_offsets: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class PlacePlan:
-    """The destination's half of a plan. Index tensors are int64 on the rows' device.
-
-    Attributes:
-        row_src: [V] wire row behind each valid layout row; None when it is the identity.
-        row_pos: [V] layout row of each valid row; None when it is the identity.
-        pad_rows: [P] layout rows inside groups that must be zero.
-        row_choice: [V] place in the received metadata of each valid row's weight; None when it is the identity.
-        back_rows: layout rows sorted by wire row; None when it is the identity.
-        back_offsets: [N] where each wire row's layout rows begin in ``back_rows``; None when each has exactly one.
-    """
-
-    row_src: Tensor | None
-    row_pos: Tensor | None
-    pad_rows: Tensor
-    row_choice: Tensor | None
-    back_rows: Tensor | None
-    back_offsets: Tensor | None
+from moe_ep.handle import Groups, Overflow, PlacePlan, SendPlan
 
 
 def exclusive_cumsum(counts: Tensor) -> Tensor:
@@ -137,7 +63,9 @@ def tokens_in_rank(topk_idx: Tensor, num_experts: int, num_ranks: int) -> Tensor
     return hits.scatter_(1, rank + 1, True)[:, 1:].contiguous()
 
 
-def fit_capacity(counts: Tensor, rows_per_rank: Tensor, spec: ExchangeSpec, max_tokens: int) -> tuple[Tensor, int, Overflow | None]:
+def fit_capacity(
+    counts: Tensor, rows_per_rank: Tensor, spec: ExchangeSpec, max_tokens: int
+) -> tuple[Tensor, int, Overflow | None]:
     """Apply the capacity to the count matrix, identically on every rank.
 
     Args:
@@ -192,7 +120,9 @@ def _share_rows(wanted: Tensor, rows_per_rank: Tensor, spec: ExchangeSpec, limit
     return needed, keep.flatten()
 
 
-def make_groups(kept: Tensor, rows_per_rank: Tensor, per_expert: int, overflow: Overflow | None, spec: ExchangeSpec, rank: int) -> Groups:
+def make_groups(
+    kept: Tensor, rows_per_rank: Tensor, per_expert: int, overflow: Overflow | None, spec: ExchangeSpec, rank: int
+) -> Groups:
     """Lay out the groups of one rank.
 
     Args:

@@ -67,7 +67,9 @@ def check_rows(name: str, x: object, spec: ExchangeSpec, num_rows: int | None = 
     """
     if isinstance(x, tuple):
         if len(x) != 2:
-            raise ValueError(f"{name} is a tuple of {len(x)}; fp8 rows are given as (e4m3 rows [T, H], scales [T, H/128])")
+            raise ValueError(
+                f"{name} is a tuple of {len(x)}; fp8 rows are given as (e4m3 rows [T, H], scales [T, H/128])"
+            )
         rows = check_tensor(f"{name}[0]", x[0], shape=(num_rows, spec.hidden_size), dtypes=(FP8_DTYPE,))
         if spec.hidden_size % FP8_GROUP:
             raise ValueError(f"{name}[0] has H={spec.hidden_size}; fp8 rows need a multiple of {FP8_GROUP}")

@@ -68,25 +68,28 @@ class ControlPlane:
         self.incarnation = 0
         self.seq = 0
         self.broken: str | None = None
+        self._announced: Exception | None = None
         self.wait_seconds = 0.0
         self.ranks = [0] if group is None else dist.get_process_group_ranks(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = len(self.ranks)
+        self._number = 0
+        self._base_store: dist.Store | None = None
+        if group is not None and self.size > 1:
+            self._base_store = dist.PrefixStore("moe_ep", distributed_c10d._get_process_group_store(group))
+            # Constructing is collective, so each rank's own count of its planes in this group is the same number.
+            self._number = self._base_store.add(f"planes/{self.rank}", 1)
         self._connect()
 
     def _connect(self) -> None:
-        self.group: dist.ProcessGroup | None = None
+        # NOTE: not dist.new_group: it names a group after the number of groups that this process has, and ranks that
+        # differ in that would wait for each other, or meet a name that is taken.
+        self.group: dist.ProcessGroupGloo | None = None
         self.store: dist.Store | None = None
-        if self.size > 1:
-            self.group = dist.new_group(
-                self.ranks,
-                backend="gloo",
-                timeout=datetime.timedelta(seconds=self.timeout_s),
-                use_local_synchronization=True,
-                group_desc="moe_ep",
-            )
-            store = distributed_c10d._get_default_store()
-            self.store = dist.PrefixStore(f"moe_ep/{self.group.group_name}", store)
+        if self._base_store is not None:
+            self.store = dist.PrefixStore(f"{self._number}/{self.incarnation}", self._base_store)
+            timeout = datetime.timedelta(seconds=self.timeout_s)
+            self.group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), self.rank, self.size, timeout)
 
     def reset(self) -> None:
         """Start afresh over new connections. Collective: all ranks must call it, and be alive."""
@@ -119,6 +122,7 @@ class ControlPlane:
                 raise error
             return words.unsqueeze(0)
         if error is not None:
+            self._announced = error
             self._put("reason", f"{type(error).__name__}: {error}")
         header = torch.tensor(self._header(call, error, words.numel()), dtype=torch.int32)
         block = torch.zeros(_BLOCK_WORDS, dtype=torch.int32)
@@ -143,7 +147,7 @@ class ControlPlane:
         self.open(call, error=error)
 
     def swap_even(self, words: Tensor) -> Tensor:
-        """Give every rank the same words; returns [R, n]. An all-to-all has one step where an all-gather ring has R - 1."""
+        """Give every rank the same words; returns [R, n]. An all-to-all takes one step, an all-gather ring R - 1."""
         out = words.new_empty(self.size, words.numel())
         self.swap(out.view(-1), words.repeat(self.size), [words.numel()] * self.size, [words.numel()] * self.size)
         return out
@@ -153,7 +157,7 @@ class ControlPlane:
         if self.group is None:
             out.copy_(data)
             return
-        self.wait(dist.all_to_all_single(out, data, out_splits, splits, group=self.group, async_op=True))
+        self.wait(self.group.alltoall_base(out, data, out_splits, splits))
 
     def wait(self, work: dist.Work) -> None:
         """Wait for a collective, listening for ranks in trouble, for at most ``timeout_s``."""
@@ -178,8 +182,9 @@ class ControlPlane:
             raise MoeEpError(f"this Buffer cannot be used after: {self.broken}; call reset() on all ranks first")
 
     def abort(self, error: BaseException) -> None:
-        """Tell the peers that this rank failed between header and payload; they raise PeerAbortedError within a poll."""
-        if self.store is not None and self.broken is None:
+        """Tell the peers that this rank failed between header and payload; they raise PeerAbortedError soon."""
+        # NOTE: an error that went out with a header left all ranks in step.
+        if self.store is not None and self.broken is None and error is not self._announced:
             self.broken = f"exchange {self.seq} failed on this rank ({type(error).__name__}: {error})"
             self._record("aborted", f"{type(error).__name__}: {error}")
 

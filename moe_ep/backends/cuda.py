@@ -19,5 +19,5 @@ def load_extension() -> ModuleType:
     except ImportError as error:
         raise NotBuiltError(
             f'backend="cuda" needs the extension module moe_ep._C, which cannot be imported here ({error}): install '
-            "from source with nvcc on the PATH (pip install .), or use backend=\"torch\"; `moe-ep doctor` shows more"
+            'from source with nvcc on the PATH (pip install .), or use backend="torch"; `moe-ep doctor` shows more'
         ) from error

@@ -81,8 +81,9 @@ class TorchRuntime:
             self._memory[use_rdma_buffer] = torch.zeros(total, dtype=torch.uint8)
         return self._memory[use_rdma_buffer][offset : offset + count * dtype.itemsize].view(dtype)
 
-    def get_comm_stream(self) -> None:
+    def get_comm_stream(self) -> torch.cuda.Stream | None:
         """None: exchanges run on a host thread."""
+        return None
 
     def sync(self, device_ids: list[int], all_gathered_handles: list[bytes], root_unique_id: bytes) -> None:
         """Nothing to map."""

@@ -14,16 +14,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_ep.backends.control import Call, ControlPlane
-from moe_ep.config import FP8_DTYPE, FP8_GROUP, ExchangeSpec
-from moe_ep.handle import Plan
+from moe_ep.backends.place import (
+    collect_choices,
+    fill_rows,
+    identity_places,
+    place_choices,
+    place_values,
+    poison,
+    reduce_rows,
+    spread,
+)
+from moe_ep.backends.wire import (
+    WORD_BYTES,
+    Metadata,
+    Received,
+    as_words,
+    dequantize,
+    pack_rows,
+    quantize,
+    tail_rows,
+    unpack_rows,
+)
+from moe_ep.config import ExchangeSpec
+from moe_ep.handle import Groups, PlacePlan, Plan, SendPlan
 from moe_ep.plan import (
-    Groups,
-    PlacePlan,
-    SendPlan,
     count_choices,
     drop_choices,
     fit_capacity,
-    local_choices,
     make_groups,
     place_per_choice,
     place_per_rank,
@@ -31,9 +48,6 @@ from moe_ep.plan import (
     plan_send_per_rank,
     tokens_in_rank,
 )
-
-_HALF_DTYPES = (torch.bfloat16, torch.float16)
-_WORD_BYTES = 4
 
 
 class Counted(NamedTuple):
@@ -54,20 +68,6 @@ class Counted(NamedTuple):
         """From the words [R, 1 + E + R] that ranks exchange: tokens, choices per expert, tokens per rank."""
         choices = table[:, 1 : 1 + spec.num_experts].contiguous()
         return Counted(table[:, 0], choices, table[:, 1 + spec.num_experts :].contiguous())
-
-
-class Received(NamedTuple):
-    """What arrives over the wire.
-
-    Attributes:
-        buffer: [M, W] rows, with metadata rows among them.
-        index: [N] where the wire rows lie in ``buffer``; None when they are all of it, in order.
-        meta: [N, words] int32 metadata of the wire rows, or None.
-    """
-
-    buffer: Tensor
-    index: Tensor | None
-    meta: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ class TorchBackend:
         spec, groups, send = prepared.spec, prepared.groups, prepared.send
         cast = spec.wire_dtype is not None and scales is None
         payload, scales = quantize(x) if cast else (x, scales)
-        meta = _Metadata.of(spec, topk_weights, scales)
+        meta = Metadata.of(spec, topk_weights, scales)
         packed = meta.pack(prepared.topk_idx, topk_weights, scales, send, spec)
         received = self.swap(payload, send.send_src, send.send_counts, prepared.recv_counts, packed)
         ids, weights, scales, recv_src = meta.unpack(received.meta)
@@ -225,12 +225,12 @@ class TorchBackend:
         plan = self.make_plan(prepared, self._plan_places(prepared, ids, x.device), meta.weight_bytes)
         rows = self._place(received.buffer, received.index, plan)
         if scales is not None:
-            scales = _place_values(scales, plan)
+            scales = place_values(scales, plan)
             if cast:
                 rows, scales = dequantize(rows, scales, x.dtype), None
         row_weights = None
         if weights is not None:
-            row_weights = _fill_rows(weights, plan, 0) if compact else _place_choices(weights, plan)
+            row_weights = fill_rows(weights, plan, 0) if compact else place_choices(weights, plan)
         if plan.overflowed:
             poison(rows)
             if row_weights is not None:
@@ -239,7 +239,7 @@ class TorchBackend:
             rows=rows,
             scales=scales,
             row_weights=row_weights,
-            topk_idx=_fill_rows(ids, plan, -1) if compact and ids is not None else None,
+            topk_idx=fill_rows(ids, plan, -1) if compact and ids is not None else None,
             recv_src_idx=recv_src,
             tokens_per_expert=groups.counts.to(device=x.device, dtype=torch.int32),
             expert_ends=groups.ends.to(device=x.device, dtype=torch.int32),
@@ -300,7 +300,7 @@ class TorchBackend:
             num_valid=num_wire,
             per_choice=False,
             overflowed=False,
-            weight_bytes=_WORD_BYTES,
+            weight_bytes=WORD_BYTES,
             recv_counts=rows_per_rank[:, rank].tolist(),
             send=plan_send_per_rank(in_rank, rows_per_rank[rank].tolist(), None, self.control.size),
             place=identity_places(in_rank.device),
@@ -311,7 +311,7 @@ class TorchBackend:
         send = plan.send
         parts = [send.send_src.to(torch.int32).unsqueeze(1)]
         if scales is not None:
-            parts.append(_words(scales.index_select(0, send.send_src)))
+            parts.append(as_words(scales.index_select(0, send.send_src)))
         received = self.swap(x, send.send_src, send.send_counts, plan.recv_counts, torch.cat(parts, dim=1))
         assert received.meta is not None
         scales = None if scales is None else received.meta[:, 1:].contiguous().view(scales.dtype)
@@ -320,14 +320,14 @@ class TorchBackend:
     def replay(self, x: Tensor, plan: Plan, scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Move other rows [T, H] along an existing plan; returns layout rows and the rows' scales."""
         send = plan.send
-        meta = None if scales is None else _words(scales.index_select(0, send.send_src))
+        meta = None if scales is None else as_words(scales.index_select(0, send.send_src))
         received = self.swap(x, send.send_src, send.send_counts, plan.recv_counts, meta)
         rows = self._place(received.buffer, received.index, plan)
         if plan.overflowed:
             poison(rows)
         if scales is not None:
             assert received.meta is not None
-            scales = _place_values(received.meta.view(scales.dtype), plan)
+            scales = place_values(received.meta.view(scales.dtype), plan)
         return rows, scales
 
     def _place(self, buffer: Tensor, index: Tensor | None, plan: Plan) -> Tensor:
@@ -336,7 +336,7 @@ class TorchBackend:
         if index is not None:
             source = index if source is None else index[source]
         valid = buffer if source is None else buffer.index_select(0, source)
-        return _spread(valid, plan)
+        return spread(valid, plan)
 
     # Combine
 
@@ -376,7 +376,7 @@ class TorchBackend:
         """
         send = plan.send
         partial = self._reduce_back(grads, None, plan)
-        meta = _words(_collect_choices(weight_grads, plan))
+        meta = as_words(collect_choices(weight_grads, plan))
         received = self.swap(partial, None, plan.recv_counts, send.send_counts, meta)
         index = send.token_rows if received.index is None else received.index[send.token_rows]
         dx = reduce_rows(received.buffer, index, send.token_offsets)
@@ -425,19 +425,19 @@ class TorchBackend:
         """
         if self.control.size == 1:
             return Received(rows if index is None else rows.index_select(0, index), None, meta)
-        meta_bytes = 0 if meta is None else meta.shape[1] * _WORD_BYTES
+        meta_bytes = 0 if meta is None else meta.shape[1] * WORD_BYTES
         row_bytes = rows.shape[1] * rows.itemsize
-        send_rows = [count + _tail_rows(count, meta_bytes, row_bytes) for count in send_counts]
-        recv_rows = [count + _tail_rows(count, meta_bytes, row_bytes) for count in recv_counts]
+        send_rows = [count + tail_rows(count, meta_bytes, row_bytes) for count in send_counts]
+        recv_rows = [count + tail_rows(count, meta_bytes, row_bytes) for count in recv_counts]
         packed = rows
         if index is not None or meta is not None:
             packed = rows.new_empty(sum(send_rows), rows.shape[1])
-            _pack(packed, rows, index, send_counts, send_rows, meta)
+            pack_rows(packed, rows, index, send_counts, send_rows, meta)
         buffer = rows.new_empty(sum(recv_rows), rows.shape[1])
         self._all_to_all(buffer, packed.contiguous(), recv_rows, send_rows)
         if meta is None:
             return Received(buffer, None, None)
-        return _unpack(buffer, recv_counts, recv_rows, meta.shape[1])
+        return unpack_rows(buffer, recv_counts, recv_rows, meta.shape[1])
 
     def _all_to_all(self, out: Tensor, rows: Tensor, out_splits: list[int], splits: list[int]) -> None:
         # Bytes travel: not every torch.distributed backend knows every dtype.
@@ -451,233 +451,6 @@ class TorchBackend:
             staged = torch.empty_like(out_bytes, device="cpu")
             self.control.swap(staged, row_bytes.cpu(), out_splits, splits)
             out_bytes.copy_(staged)
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast rows to e4m3 with one fp32 scale per 128 channels: scale = max(amax, 1e-4) / 448.
-
-    Args:
-        x: [T, H], H a multiple of 128.
-
-    Returns:
-        (e4m3 [T, H], fp32 [T, H / 128]).
-    """
-    groups = x.float().view(x.shape[0], -1, FP8_GROUP)
-    scales = groups.abs().amax(2).clamp_(min=1e-4) / torch.finfo(FP8_DTYPE).max
-    return (groups / scales.unsqueeze(2)).to(FP8_DTYPE).view_as(x), scales
-
-
-def dequantize(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`quantize` up to rounding; rows [N, H] e4m3, scales [N, H / 128] fp32."""
-    groups = rows.to(torch.float32).view(rows.shape[0], -1, FP8_GROUP)
-    return (groups * scales.unsqueeze(2)).view(rows.shape).to(dtype)
-
-
-def reduce_rows(
-    rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None, bias: tuple[Tensor, ...] = ()
-) -> Tensor:
-    """Sum runs of rows, accumulated in fp32 (fp64 for fp64 rows) in the order of ``index``, rounded once.
-
-    Args:
-        rows: [M, H].
-        index: [n] rows to add.
-        offsets: [B] where each sum begins in ``index``.
-        weights: [n] factors, or None.
-        bias: [B, H] tensors added before rounding.
-
-    Returns:
-        [B, H] in the dtype of ``rows``; zeros where a run is empty.
-    """
-    dtype = rows.dtype
-    if dtype in _HALF_DTYPES and (weights is not None or bias):
-        rows = rows.float()
-    if index.numel():
-        if weights is not None:
-            weights = weights.to(rows.dtype)
-        # EmbeddingBag is torch's fused gather and sum; it accumulates 16-bit rows in fp32.
-        out = torch.embedding_bag(rows, index, offsets, False, 0, False, weights)[0]
-    else:
-        out = rows.new_zeros(offsets.numel(), rows.shape[1])
-    for term in bias:
-        out = out + term
-    return out.to(dtype)
-
-
-class _Metadata(NamedTuple):
-    """Which numbers travel with a row, as int32 words: source token and ids (per token and rank), weights, scales."""
-
-    per_choice: bool
-    num_weights: int
-    weight_dtype: torch.dtype | None
-    num_scales: int
-    scale_dtype: torch.dtype | None
-
-    @staticmethod
-    def of(spec: ExchangeSpec, topk_weights: Tensor | None, scales: Tensor | None) -> _Metadata:
-        return _Metadata(
-            per_choice=spec.per_choice,
-            num_weights=1 if spec.per_choice else spec.top_k,
-            weight_dtype=None if topk_weights is None else topk_weights.dtype,
-            num_scales=0 if scales is None else scales.shape[1],
-            scale_dtype=None if scales is None else scales.dtype,
-        )
-
-    @property
-    def weight_bytes(self) -> int:
-        return _WORD_BYTES if self.weight_dtype is None else self.weight_dtype.itemsize
-
-    def pack(
-        self,
-        topk_idx: Tensor,
-        topk_weights: Tensor | None,
-        scales: Tensor | None,
-        send: SendPlan,
-        spec: ExchangeSpec,
-    ) -> Tensor | None:
-        """[S, words] int32."""
-        parts = []
-        if self.per_choice:
-            if topk_weights is not None:
-                parts.append(_words(_choices_in_wire_order(topk_weights, send).unsqueeze(1)))
-        else:
-            ids = local_choices(topk_idx, send, spec.num_experts)
-            parts += [send.send_src.to(torch.int32).unsqueeze(1), ids.to(torch.int32)]
-            if topk_weights is not None:
-                parts.append(_words(topk_weights.index_select(0, send.send_src).masked_fill_(ids < 0, 0)))
-        if scales is not None:
-            parts.append(_words(scales.index_select(0, send.send_src)))
-        return torch.cat(parts, dim=1) if parts else None
-
-    def unpack(self, meta: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Local ids int64 [N, K], weights [N, K] or [N], scales, source tokens int32 [N]; None where absent."""
-        ids = weights = scales = source = None
-        if meta is None:
-            return ids, weights, scales, source
-        at = 0
-        if not self.per_choice:
-            source = meta[:, 0].contiguous()
-            ids = meta[:, 1 : 1 + self.num_weights].to(torch.int64)
-            at = 1 + self.num_weights
-        if self.weight_dtype is not None:
-            words = self.num_weights * self.weight_dtype.itemsize // _WORD_BYTES
-            weights = meta[:, at : at + words].contiguous().view(self.weight_dtype)
-            weights = weights.squeeze(1) if self.per_choice else weights
-            at += words
-        if self.scale_dtype is not None:
-            scales = meta[:, at:].contiguous().view(self.scale_dtype)
-        return ids, weights, scales, source
-
-
-def _choices_in_wire_order(topk_weights: Tensor, send: SendPlan) -> Tensor:
-    values = topk_weights.new_empty(send.send_src.numel())
-    chosen = send.choice_pos >= 0
-    values[send.choice_pos[chosen]] = topk_weights.flatten()[chosen]
-    return values
-
-
-def _words(values: Tensor) -> Tensor:
-    return values.contiguous().view(torch.int32)
-
-
-def _tail_rows(count: int, meta_bytes: int, row_bytes: int) -> int:
-    """Whole rows that the metadata of ``count`` rows fills behind them."""
-    return -(-count * meta_bytes // row_bytes)
-
-
-def _pack(
-    packed: Tensor, rows: Tensor, index: Tensor | None, counts: list[int], region_rows: list[int], meta: Tensor | None
-) -> None:
-    width = packed.shape[1] * packed.itemsize // _WORD_BYTES
-    words = packed.view(torch.int32).view(-1) if meta is not None else None
-    first = at = 0
-    for count, region in zip(counts, region_rows, strict=True):
-        target = packed[at : at + count]
-        if index is None:
-            target.copy_(rows[first : first + count])
-        else:
-            torch.index_select(rows, 0, index[first : first + count], out=target)
-        if meta is not None and words is not None:
-            begin = (at + count) * width
-            words[begin : begin + count * meta.shape[1]] = meta[first : first + count].view(-1)
-        first += count
-        at += region
-
-
-def _unpack(buffer: Tensor, counts: list[int], region_rows: list[int], meta_words: int) -> Received:
-    width = buffer.shape[1] * buffer.itemsize // _WORD_BYTES
-    words = buffer.view(torch.int32).view(-1)
-    metas, starts, at = [], [], 0
-    for count, region in zip(counts, region_rows, strict=True):
-        begin = (at + count) * width
-        metas.append(words[begin : begin + count * meta_words].view(count, meta_words))
-        starts.append(torch.arange(at, at + count, device=buffer.device))
-        at += region
-    return Received(buffer, torch.cat(starts), torch.cat(metas))
-
-
-def _spread(valid: Tensor, plan: Plan) -> Tensor:
-    """Valid rows [V, ...] to their places among ``num_rows``; zero where groups are padded, undefined past them."""
-    place = plan.place
-    if place.row_pos is None and plan.num_rows == plan.num_valid:
-        return valid
-    rows = valid.new_empty(plan.num_rows, *valid.shape[1:])
-    # Bytes are placed: index_copy_ does not know fp8.
-    target, source = (rows.view(torch.uint8), valid.view(torch.uint8)) if rows.dtype == FP8_DTYPE else (rows, valid)
-    if place.row_pos is None:
-        target[: plan.num_valid] = source
-    else:
-        target.index_copy_(0, place.row_pos, source)
-    if place.pad_rows.numel():
-        target.index_fill_(0, place.pad_rows, 0)
-    return rows
-
-
-def _place_values(values: Tensor, plan: Plan) -> Tensor:
-    """Per-wire-row values [N, n] to layout rows [num_rows, n]."""
-    source = plan.place.row_src
-    return _spread(values if source is None else values.index_select(0, source), plan)
-
-
-def _place_choices(weights: Tensor, plan: Plan) -> Tensor:
-    """Weights as received ([N, K] or [N]) to layout rows [num_rows]."""
-    flat = weights.flatten()
-    return _spread(flat if plan.place.row_choice is None else flat[plan.place.row_choice], plan)
-
-
-def _fill_rows(values: Tensor, plan: Plan, fill: float) -> Tensor:
-    """[N, K] to [num_rows, K] where a capacity gives compact rows a fixed number."""
-    if values.shape[0] == plan.num_rows:
-        return values
-    out = values.new_full((plan.num_rows, values.shape[1]), fill)
-    out[: values.shape[0]] = values
-    return out
-
-
-def _collect_choices(row_values: Tensor, plan: Plan) -> Tensor:
-    """Inverse of :func:`_place_choices`: [N, K] or [N, 1], zero where a choice is another rank's."""
-    place = plan.place
-    if row_values.dim() == 2:
-        return row_values[: plan.num_wire]
-    if plan.per_choice:
-        taken = row_values[: plan.num_wire] if place.back_rows is None else row_values[place.back_rows]
-        return taken.unsqueeze(1)
-    assert place.row_choice is not None
-    out = row_values.new_zeros(plan.num_wire * plan.top_k)
-    out[place.row_choice] = row_values[: plan.num_valid] if place.row_pos is None else row_values[place.row_pos]
-    return out.view(plan.num_wire, plan.top_k)
-
-
-def identity_places(device: torch.device) -> PlacePlan:
-    """Layout rows are the wire rows, as they came."""
-    return PlacePlan(None, None, torch.empty(0, dtype=torch.int64, device=device), None, None, None)
-
-
-def poison(rows: Tensor) -> Tensor:
-    """Fill with NaN in place; outputs after an overflow must not be mistaken for results."""
-    if rows.dtype == FP8_DTYPE:
-        rows.view(torch.uint8).fill_(0x7F)  # the NaN of e4m3fn, which knows no fill
-        return rows
-    return rows.fill_(float("nan"))
 
 
 def _supports(group: dist.ProcessGroup, device: torch.device) -> bool:
