@@ -75,6 +75,7 @@ def child_main(rank: int, options: DemoOptions, port: int, connection: Connectio
         reporter = PipeReporter(connection) if rank == 0 else SilentReporter()
         summary = Run(options, group=_world(), reporter=reporter, stop=stop.is_set).complete()
         connection.send(("finished", summary))
+        dist.destroy_process_group()
     except InterruptedRunError as interrupted:
         connection.send(("stopped", str(interrupted)))
     except BaseException as error:

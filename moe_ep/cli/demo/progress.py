@@ -1,7 +1,7 @@
 """What the user sees while the demo runs: a bar with a live line on a terminal, plain lines elsewhere."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TextIO
 
 
@@ -65,6 +65,7 @@ class ConsoleReporter:
         self._every = every
         self._bar: Any = _make_bar() if self._out.isatty() else None
         self._task: Any = None
+        self._heldout: float | None = None
 
     def say(self, text: str) -> None:
         """Show whole lines, above the bar if there is one."""
@@ -89,6 +90,9 @@ class ConsoleReporter:
         if self._task is None:
             self._bar.start()
             self._task = self._bar.add_task("", total=report.steps)
+        # The bar keeps showing the last measurement until the next.
+        self._heldout = self._heldout if report.heldout is None else report.heldout
+        report = replace(report, heldout=self._heldout)
         self._bar.update(self._task, completed=report.step, description=str(report))
         if report.step == report.steps:
             self._bar.stop()

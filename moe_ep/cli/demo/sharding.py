@@ -64,5 +64,5 @@ def _gather(value: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tenso
     if group is None:
         return value
     whole = value.new_empty(value.shape[0] * dist.get_world_size(group), *value.shape[1:])
-    dist.all_gather_into_tensor(whole, value.contiguous(), group=group)
+    dist.all_gather(list(whole.chunk(dist.get_world_size(group))), value.contiguous(), group=group)
     return whole

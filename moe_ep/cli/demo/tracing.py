@@ -135,25 +135,28 @@ class StepTracer:
 
     def _watched(self, name: str, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            self._enter(name, key, args)
-            output = function(*args)
+            output = function(*self._enter(name, key, args))
             self._leave(name, key, output)
             return output
 
         return call
 
-    def _enter(self, name: str, key: Any, args: tuple[Any, ...]) -> None:
+    def _enter(self, name: str, key: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self._begin(key)
-        tensor = _first_tensor(args)
-        if self._on and tensor is not None:
-            tensor.register_hook(lambda _gradient: self._end(COMPUTE, name, True, key, "backward"))
+        place = next((i for i, value in enumerate(args) if _differentiable(value)), None)
+        if not self._on or place is None:
+            return args
+        # An alias of its own: the tensor itself may have other users, whose gradients its hook would wait for.
+        alias = args[place].view_as(args[place])
+        alias.register_hook(lambda _gradient: self._end(COMPUTE, name, True, key, "backward"))
+        return (*args[:place], alias, *args[place + 1 :])
 
     def _leave(self, name: str, key: Any, output: Any) -> None:
         self._end(COMPUTE, name, False, key)
         # Of a router's result, only the weights have a gradient.
-        tensor = _first_tensor((getattr(output, "topk_weights", output),))
-        if self._on and tensor is not None:
-            tensor.register_hook(lambda _gradient: self._begin(key, "backward"))
+        output = getattr(output, "topk_weights", output)
+        if self._on and _differentiable(output):
+            output.register_hook(lambda _gradient: self._begin(key, "backward"))
 
     def _watch_exchange(self, moe: MoELayer, exchange: str) -> None:
         backward, name = exchange.startswith("backward_"), exchange.removeprefix("backward_")
@@ -167,6 +170,5 @@ def exchange_share(spans: list[Span], seconds: float) -> float:
     return sum(span.end - span.start for span in spans if span.lane == EXCHANGE) / seconds
 
 
-def _first_tensor(values: tuple[Any, ...]) -> torch.Tensor | None:
-    """The first of ``values`` that takes part in the backward pass."""
-    return next((value for value in values if isinstance(value, torch.Tensor) and value.requires_grad), None)
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad

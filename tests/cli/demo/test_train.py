@@ -82,16 +82,13 @@ def test_resume_continues_bit_for_bit(ranks, text, tmp_path):
     outs = [tmp_path / name for name in ("straight", "halves")]
     for out in outs:
         out.mkdir()
-    straight = ranks(2, run_on_rank, small_options(text, outs[0], ranks=2, steps=20, eval_every=4), timeout=120)[0]
-    half = small_options(text, outs[1], ranks=2, steps=10, eval_every=4)
+    straight = ranks(2, run_on_rank, small_options(text, outs[0], ranks=2, steps=20, eval_every=5), timeout=120)[0]
+    half = small_options(text, outs[1], ranks=2, steps=10, eval_every=5)
     ranks(2, run_on_rank, half, timeout=120)
     path = outs[1] / "checkpoint.safetensors"
     halves = ranks(2, run_on_rank, replace(half, steps=20, resume=path), timeout=120)[0]
     one, other = (checkpoints.load(out / "checkpoint.safetensors") for out in outs)
     assert one.step == other.step == 20
-    # The end of the first half was measured too; else the histories are the same.
-    one.tensors.pop("history.heldout")
-    other.tensors.pop("history.heldout")
     assert one.tensors.keys() == other.tensors.keys()
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
     assert straight["heldout_loss"] == halves["heldout_loss"]
