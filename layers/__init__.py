@@ -6,6 +6,7 @@ if __name__ == "layers":
     )
 
 from moe_ep.layers.experts import GroupedExperts
+from moe_ep.layers.moe import MoELayer
 from moe_ep.layers.router import Routing, TopKRouter, set_loss_scale
 from moe_ep.layers.shared import SharedExpert
 from moe_ep.layers.state import (
@@ -19,6 +20,7 @@ from moe_ep.layers.state import (
 
 __all__ = [
     "GroupedExperts",
+    "MoELayer",
     "Routing",
     "SharedExpert",
     "TopKRouter",

@@ -219,8 +219,9 @@ class ReduceRows(torch.autograd.Function):
 def _sum_places(copies: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(copies.dtype, torch.float32)
     out = copies.new_zeros(places.shape[0], copies.shape[1], dtype=wide)
-    if copies.shape[0] == 0:
-        return out.to(copies.dtype)
+    if torch.compiler.is_compiling() or copies.shape[0] == 0:
+        # A row for choices without a copy to point to, where there may be none; a compiled graph cannot ask.
+        copies = F.pad(copies, (0, 0, 0, 1))
     for place in places.unbind(1):
         # Copies of no choice are filled over, never multiplied by zero: they may be NaN.
         chosen = copies.index_select(0, place.clamp(min=0))

@@ -141,5 +141,5 @@ def _gathered(name: str, value: torch.Tensor, group: dist.ProcessGroup | None) -
     if group is None or not is_expert_name(name):
         return value
     out = value.new_empty(value.shape[0] * dist.get_world_size(group), *value.shape[1:])
-    dist.all_gather_into_tensor(out, value.contiguous(), group=group)
+    dist.all_gather(list(out.chunk(dist.get_world_size(group))), value.contiguous(), group=group)
     return out
