@@ -270,6 +270,16 @@ class TokenDispatcher(nn.Module):
         self._exchanger.layer = self.layer
         return self._exchanger
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenDispatcher:
+        super()._apply(fn, recurse)
+        # There is no parameter to tell, so a tensor without elements shows whether this is .to(dtype).
+        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if dtype != self.dtype:
+            self.dtype = dtype
+            if self._exchanger is not None:
+                self._exchanger.spec = self._spec(self.group_size)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # A group does not pickle; hooks are the caller's closures.
         return {**self.__dict__, "_exchanger": None, "_id": 0, "_hooks": []}
