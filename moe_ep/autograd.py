@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from moe_ep.backends.torch import Counted, Dispatch
 from moe_ep.config import ExchangeSpec
@@ -277,6 +277,23 @@ class CombineExchange:
         return rows
 
 
+class _Once(torch.autograd.Function):
+    """Passes a gradient on and remembers what it was made of, so that differentiating it again raises."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, grad: Tensor, *origins: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple:  # noqa: ANN401
+        raise RuntimeError("exchanges can be differentiated once: double backward is not supported")
+
+
+def _once(grad: Tensor, *origins: Tensor) -> Tensor:
+    # NOTE: once_differentiable cuts the origins off, so torch.autograd.grad would silently leave their part out.
+    return _Once.apply(grad, *origins) if torch.is_grad_enabled() else grad
+
+
 class DispatchLaunch(torch.autograd.Function):
     """Starts a dispatch; returns a 0-dim token that ties Wait to it."""
 
@@ -295,10 +312,9 @@ class DispatchLaunch(torch.autograd.Function):
         return torch.zeros((), device=x.device)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_token: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
         dx, dweights = ctx.exchange.wait_backward()
-        return None, None, dx, None, dweights, None
+        return None, None, _once(dx, grad_token), None, _once(dweights, grad_token), None
 
 
 class DispatchWait(torch.autograd.Function):
@@ -312,10 +328,9 @@ class DispatchWait(torch.autograd.Function):
         return rows, weights
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
         ctx.exchange.launch_backward(grad_rows, grad_weights, list(ctx.saved_tensors))
-        return None, grad_weights.new_zeros((), dtype=torch.float32)
+        return None, _once(grad_weights.new_zeros((), dtype=torch.float32), grad_rows, grad_weights)
 
 
 class CombineLaunch(torch.autograd.Function):
@@ -332,9 +347,8 @@ class CombineLaunch(torch.autograd.Function):
         return torch.zeros((), device=y.device)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_token: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
-        rows = ctx.exchange.wait_backward()
+        rows = _once(ctx.exchange.wait_backward(), grad_token)
         saved = ctx.saved_tensors
         dy, dweights = weighted_grads(rows, *saved) if saved else (rows, None)
         return None, dy, dweights, None
@@ -350,7 +364,6 @@ class CombineWait(torch.autograd.Function):
         return exchange.wait()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
         ctx.exchange.launch_backward(grad, list(ctx.saved_tensors))
-        return None, grad.new_zeros((), dtype=torch.float32)
+        return None, _once(grad.new_zeros((), dtype=torch.float32), grad)
