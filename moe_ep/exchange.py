@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from moe_ep.config import ExchangeSpec
 from moe_ep.errors import CapacityError, StaleHandleError
 from moe_ep.events import Job
 from moe_ep.handle import Overflow, Plan
-from moe_ep.plan import logical_to_physical, tokens_in_rank
-from moe_ep.validate import check_layout_rows, check_routing, check_row_weights, check_rows
+from moe_ep.plan import logical_to_physical
+from moe_ep.validate import check_chunk, check_layout_rows, check_routing, check_row_weights, check_rows
 
 PHASES = tuple(
     prefix + phase
@@ -133,13 +133,17 @@ class Exchanger:
         try:
             if not chunks:
                 raise ValueError("plan got no chunks; pass at least one topk_idx")
-            rows = torch.empty(0, spec.hidden_size, dtype=spec.dtype)
             for topk_idx in chunks:
-                x = rows.new_empty(0).expand(topk_idx.shape[0], 0) if isinstance(topk_idx, Tensor) else rows
-                check_routing(x.to(topk_idx.device), topk_idx, None, spec, self._num_ids(), self.validate)
+                check_chunk(topk_idx, spec, self._num_ids(), self.validate)
         except ValueError as failure:
             error = failure
-        return self._launch(lambda: self._count("plan", spec, chunks, error), error).result()
+
+        def run() -> list[Counted]:
+            words = None if error else torch.cat([self._count_words(topk_idx, spec) for topk_idx in chunks])
+            table = self.buffer.control.open(self._call("plan", spec, 0, len(chunks)), words, error)
+            return [Counted.from_table(part, spec) for part in table.split(Counted.num_words(spec), dim=1)]
+
+        return self._launch(run, error).result()
 
     def dispatch(
         self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None
@@ -153,20 +157,23 @@ class Exchanger:
             if topk_weights is None:
                 raise ValueError("topk_weights are missing: pass the router's [T, K] weights, or ones")
             check_routing(rows, topk_idx, topk_weights, spec, self._num_ids(), self.validate)
-            if planned is not None and int(planned.tokens[self.buffer.rank]) != rows.shape[0]:
-                raise ValueError(
-                    f"planned counts are of {int(planned.tokens[self.buffer.rank])} tokens but x has {rows.shape[0]}: "
-                    "pass what plan() returned for this topk_idx"
-                )
+            if planned is not None:
+                self._check_planned(planned, topk_idx)
         except ValueError as failure:
             error = failure
 
         def run() -> Dispatch:
-            if planned is None:
-                (counted,) = self._count("dispatch", spec, [topk_idx], error, scales is not None)
-            else:
-                counted = planned
-                self._open("dispatch", spec, error=error)
+            control = self.buffer.control
+            words = None if error or planned is not None else self._count_words(topk_idx, spec)
+            call = self._call("dispatch", spec, 0, int(planned is None), scales is not None)
+            opening = control.begin(call, words, error)
+
+            def counted() -> Counted:
+                table = opening.finish()
+                return Counted.from_table(table, spec) if planned is None else planned
+
+            if error is not None:
+                counted()
             assert rows is not None
             result = self.buffer.backend.dispatch(
                 rows, scales, self._physical(topk_idx), topk_weights, counted, spec, self.id
@@ -190,11 +197,17 @@ class Exchanger:
             error = failure
 
         def run() -> Tensor:
-            self._open("combine", spec, plan.serial, error)
+            ready = self._announce("combine", spec, plan, error)
             weights = None if row_weights is None else row_weights.reshape(-1)
-            return self.buffer.backend.combine(y.reshape(-1, spec.hidden_size), weights, plan)
+            return self.buffer.backend.combine(y.reshape(-1, spec.hidden_size), weights, plan, ready=ready)
 
         return self._launch(run, error)
+
+    def refuse(self, kind: str, error: Exception) -> NoReturn:
+        """Raise an error that no operator would carry to the peers, after telling them."""
+        call = self._call(kind, self.spec, 0)
+        self._launch(lambda: self.buffer.control.open(call, error=error), error)
+        raise AssertionError("unreachable: opening an exchange with an error raises it")
 
     def replay(self, x: Tensor, plan_tensors: list[Tensor]) -> Job[Tensor]:
         """Layout rows of other rows [T, H] along a plan: the reversed combine."""
@@ -207,8 +220,8 @@ class Exchanger:
             error = failure
 
         def run() -> Tensor:
-            self._open("replayed dispatch", spec, plan.serial, error)
-            return self._shape(self.buffer.backend.replay(x, plan)[0])
+            ready = self._announce("replayed dispatch", spec, plan, error)
+            return self._shape(self.buffer.backend.replay(x, plan, ready=ready)[0])
 
         return self._launch(run, error)
 
@@ -220,9 +233,9 @@ class Exchanger:
         plan, error = self._plan_of(plan_tensors)
 
         def run() -> tuple[Tensor, Tensor]:
-            self._open("combine of gradients", spec, plan.serial, error)
+            ready = self._announce("combine of gradients", spec, plan, error)
             flat = weight_grads if spec.layout == "compact" else weight_grads.reshape(-1)
-            return self.buffer.backend.combine_grads(grads.reshape(-1, spec.hidden_size), flat, plan)
+            return self.buffer.backend.combine_grads(grads.reshape(-1, spec.hidden_size), flat, plan, ready)
 
         return self._launch(run, error)
 
@@ -277,18 +290,31 @@ class Exchanger:
             return plan, StaleHandleError("the handle is from before reset(): dispatch again")
         return plan, None
 
-    def _count(
-        self, kind: str, spec: ExchangeSpec, chunks: list[Tensor], error: Exception | None, fp8: bool = False
-    ) -> list[Counted]:
-        call = self._call(kind, spec, 0, len(chunks) if error is None else 0, fp8)
-        if error is not None:
-            return self.buffer.backend.exchange_counts(call, spec, [], error)
-        physical = [self._physical(topk_idx) for topk_idx in chunks]
-        masks = [tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks) for topk_idx in physical]
-        return self.buffer.backend.exchange_counts(call, spec, list(zip(physical, masks, strict=True)))
+    def _check_planned(self, planned: Counted, topk_idx: Tensor) -> None:
+        """Sizes on the wire follow from planned counts: those of other choices would tear the exchange apart."""
+        rank = self.buffer.rank
+        num_tokens = int(planned.tokens[rank])
+        if num_tokens != topk_idx.shape[0]:
+            raise ValueError(
+                f"planned counts are of {num_tokens} tokens but x has {topk_idx.shape[0]}: "
+                "pass what plan() returned for this topk_idx"
+            )
+        if self.validate:
+            words = [planned.tokens[rank : rank + 1], planned.choices[rank]]
+            if not self.spec.per_choice:
+                words.append(planned.rows[rank])
+            if not torch.equal(torch.cat(words), self._count_words(topk_idx, self.spec)):
+                raise ValueError("planned counts are of other choices: pass what plan() returned for this topk_idx")
 
-    def _open(self, kind: str, spec: ExchangeSpec, serial: int = 0, error: Exception | None = None) -> None:
-        self.buffer.control.open(self._call(kind, spec, serial), error=error)
+    def _count_words(self, topk_idx: Tensor, spec: ExchangeSpec) -> Tensor:
+        return self.buffer.backend.count_words(self._physical(topk_idx), spec)
+
+    def _announce(self, kind: str, spec: ExchangeSpec, plan: Plan, error: Exception | None) -> Callable[[], object]:
+        """Announce a replay; what is returned waits until all ranks have, and must be called before sending."""
+        opening = self.buffer.control.begin(self._call(kind, spec, plan.serial), error=error)
+        if error is not None:
+            opening.finish()
+        return opening.finish
 
     def _call(self, kind: str, spec: ExchangeSpec, serial: int, num_chunks: int = 1, fp8: bool = False) -> Call:
         digest, detail = _describe(spec)

@@ -120,6 +120,13 @@ def check_routing(
         check_ids(ids, num_ids)
 
 
+def check_chunk(topk_idx: object, spec: ExchangeSpec, num_ids: int, check_values: bool) -> None:
+    """Check ``topk_idx`` [T, K] by itself, before the rows that it belongs to are known."""
+    ids = check_tensor("topk_idx", topk_idx, shape=(None, spec.top_k), dtypes=(torch.int64,))
+    if check_values:
+        check_ids(ids, num_ids)
+
+
 def check_ids(topk_idx: Tensor, num_ids: int) -> None:
     """Raise ValueError for ids outside -1 <= id < num_ids, or an expert chosen twice by a token."""
     if not topk_idx.numel():

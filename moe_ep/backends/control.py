@@ -52,6 +52,40 @@ class Call:
         return Call(kind, zlib.crc32(detail.encode()) & 0x7FFFFFFF, serial, detail)
 
 
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """An announced exchange whose peers have not been heard yet.
+
+    Attributes:
+        control: the control plane.
+        call: what was announced.
+        words: this rank's numbers.
+        error: what this rank must raise.
+        blocks: [R, words] int32 where the others' headers arrive; None for a single rank.
+        work: the header exchange.
+    """
+
+    control: ControlPlane
+    call: Call
+    words: Tensor
+    error: Exception | None
+    blocks: Tensor | None
+    work: dist.Work | None
+
+    def finish(self) -> Tensor:
+        """Check that all ranks announce the same.
+
+        Returns:
+            [R, n] int64 on the CPU, the words of every rank.
+
+        Raises:
+            PeerAbortedError: another rank has an error to raise.
+            ExchangeMismatchError: another rank announces something else.
+            PeerTimeoutError: a rank did not come.
+        """
+        return self.control.conclude(self)
+
+
 KINDS = ("settings", "plan", "dispatch", "replayed dispatch", "combine", "combine of gradients", "reserve", "barrier")
 
 
@@ -99,42 +133,50 @@ class ControlPlane:
         self.broken = None
 
     def open(self, call: Call, words: Tensor | None = None, error: Exception | None = None) -> Tensor:
-        """Announce an exchange to all ranks, check that they announce the same, and swap a few numbers.
+        """:meth:`begin` and :meth:`Opening.finish` in one."""
+        return self.begin(call, words, error).finish()
+
+    def begin(self, call: Call, words: Tensor | None = None, error: Exception | None = None) -> Opening:
+        """Announce an exchange to all ranks and send them a few numbers, without waiting for theirs.
 
         Args:
             call: what follows.
             words: [n] integers >= 0 below 2**31 for every rank, the same n on all ranks (checked through the digest).
-            error: what this rank must raise instead of taking part; it is raised here, after the others were told.
-
-        Returns:
-            [R, n] int64 on the CPU, the words of every rank.
+            error: what this rank must raise instead of taking part; ``finish`` raises it, after the others were told.
 
         Raises:
-            PeerAbortedError: another rank has an error to raise.
-            ExchangeMismatchError: another rank announces something else.
-            PeerTimeoutError: a rank did not come.
+            MoeEpError: when an earlier failure left this Buffer out of step.
         """
         self.check_usable()
         self.seq += 1
         words = torch.empty(0, dtype=torch.int64) if words is None else words
         if self.size == 1:
-            if error is not None:
-                raise error
-            return words.unsqueeze(0)
+            return Opening(self, call, words, error, None, None)
         if error is not None:
             self._announced = error
             self._put("reason", f"{type(error).__name__}: {error}")
-        header = torch.tensor(self._header(call, error, words.numel()), dtype=torch.int32)
         block = torch.zeros(_BLOCK_WORDS, dtype=torch.int32)
-        block[:_HEADER_WORDS] = header
+        block[:_HEADER_WORDS] = torch.tensor(self._header(call, error, words.numel()), dtype=torch.int32)
         inline = words[: _BLOCK_WORDS - _HEADER_WORDS]
         block[_HEADER_WORDS : _HEADER_WORDS + inline.numel()] = inline
-        blocks = self.swap_even(block)
-        self._compare(call, blocks[:, :_HEADER_WORDS].tolist(), error)
-        got = blocks[:, _HEADER_WORDS : _HEADER_WORDS + inline.numel()]
-        if inline.numel() < words.numel():
-            rest = self.swap_even(words[inline.numel() :].to(torch.int32))
-            got = torch.cat([got, rest], dim=1)
+        blocks = block.new_empty(self.size, _BLOCK_WORDS)
+        sent = block.repeat(self.size)
+        splits = [_BLOCK_WORDS] * self.size
+        work = self._all_to_all(blocks.view(-1), sent, splits, splits)
+        return Opening(self, call, words, error, blocks, work)
+
+    def conclude(self, opening: Opening) -> Tensor:
+        """Wait for the headers of all ranks and compare them; see :meth:`Opening.finish`."""
+        words, blocks = opening.words, opening.blocks
+        if blocks is None or opening.work is None:
+            if opening.error is not None:
+                raise opening.error
+            return words.unsqueeze(0)
+        self.wait(opening.work)
+        self._compare(opening.call, blocks[:, :_HEADER_WORDS].tolist(), opening.error)
+        got = blocks[:, _HEADER_WORDS : _HEADER_WORDS + words.numel()]
+        if got.shape[1] < words.numel():
+            got = torch.cat([got, self.swap_even(words[got.shape[1] :].to(torch.int32))], dim=1)
         return got.to(torch.int64)
 
     def agree(self, detail: str, error: Exception | None = None) -> None:
@@ -157,7 +199,11 @@ class ControlPlane:
         if self.group is None:
             out.copy_(data)
             return
-        self.wait(self.group.alltoall_base(out, data, out_splits, splits))
+        self.wait(self._all_to_all(out, data, out_splits, splits))
+
+    def _all_to_all(self, out: Tensor, data: Tensor, out_splits: list[int], splits: list[int]) -> dist.Work:
+        # NOTE: missing from torch's stubs; torch.distributed's function of this name wants a registered group.
+        return self.group.alltoall_base(out, data, out_splits, splits)  # type: ignore[union-attr]
 
     def wait(self, work: dist.Work) -> None:
         """Wait for a collective, listening for ranks in trouble, for at most ``timeout_s``."""

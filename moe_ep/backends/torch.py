@@ -7,13 +7,14 @@ It is the reference for the CUDA backend: row order is identical, sums differ by
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_ep.backends.control import Call, ControlPlane
+from moe_ep.backends.control import ControlPlane
 from moe_ep.backends.place import (
     collect_choices,
     fill_rows,
@@ -26,13 +27,14 @@ from moe_ep.backends.place import (
 )
 from moe_ep.backends.wire import (
     WORD_BYTES,
+    Load,
     Metadata,
     Received,
     as_words,
     dequantize,
     pack_rows,
     quantize,
-    tail_rows,
+    region_rows,
     unpack_rows,
 )
 from moe_ep.config import ExchangeSpec
@@ -56,7 +58,7 @@ class Counted(NamedTuple):
     Attributes:
         tokens: [R] tokens of each rank.
         choices: [R, E] choices of each rank for each expert.
-        rows: [R, R] tokens that each source sends to each destination.
+        rows: [R, R] tokens that each source sends to each destination; [R, 0] where rows go per choice.
     """
 
     tokens: Tensor
@@ -65,9 +67,14 @@ class Counted(NamedTuple):
 
     @staticmethod
     def from_table(table: Tensor, spec: ExchangeSpec) -> Counted:
-        """From the words [R, 1 + E + R] that ranks exchange: tokens, choices per expert, tokens per rank."""
+        """From the words that ranks exchange: tokens, choices per expert and, unless rows go per choice, per rank."""
         choices = table[:, 1 : 1 + spec.num_experts].contiguous()
         return Counted(table[:, 0], choices, table[:, 1 + spec.num_experts :].contiguous())
+
+    @staticmethod
+    def num_words(spec: ExchangeSpec) -> int:
+        """Words per rank in such a table."""
+        return 1 + spec.num_experts + (0 if spec.per_choice else spec.num_ranks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +100,21 @@ class Prepared:
     groups: Groups
     rows_per_rank: Tensor
     recv_counts: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A dispatch's rows, ready to be sent.
+
+    Attributes:
+        load: rows and metadata.
+        layout: what the metadata holds.
+        cast_from: dtype of the rows where they were cast to fp8 for the wire, else None.
+    """
+
+    load: Load
+    layout: Metadata
+    cast_from: torch.dtype | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +146,10 @@ class Dispatch:
     groups: Groups
 
 
+def nothing() -> None:
+    """For exchanges that were announced beforehand."""
+
+
 class TorchBackend:
     """Exchanges rows among the ranks of a group with torch alone.
 
@@ -141,28 +167,12 @@ class TorchBackend:
 
     # Counts
 
-    def exchange_counts(
-        self,
-        call: Call,
-        spec: ExchangeSpec,
-        chunks: list[tuple[Tensor, Tensor]],
-        error: Exception | None = None,
-    ) -> list[Counted]:
-        """Exchange what sizes follow from, for any number of sets of tokens at once.
-
-        Args:
-            call: the header.
-            spec: the settings.
-            chunks: per set, ``topk_idx`` [T, K] and the ranks that its tokens go to, bool [T, R].
-            error: raised here after the peers were told.
-        """
-        words = []
-        for topk_idx, in_rank in chunks:
-            words.append(torch.tensor([topk_idx.shape[0]]))
-            words.append(count_choices(topk_idx, spec.num_experts).cpu())
-            words.append(in_rank.sum(0).cpu())
-        table = self.control.open(call, torch.cat(words) if words else None, error)
-        return [Counted.from_table(part, spec) for part in table.split(1 + spec.num_experts + spec.num_ranks, dim=1)]
+    def count_words(self, topk_idx: Tensor, spec: ExchangeSpec) -> Tensor:
+        """What other ranks must know of a set of tokens: [n] int64 on the CPU, read by ``Counted.from_table``."""
+        words = [torch.tensor([topk_idx.shape[0]]), count_choices(topk_idx, spec.num_experts).cpu()]
+        if not spec.per_choice:
+            words.append(tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks).sum(0).cpu())
+        return torch.cat(words)
 
     # Dispatch
 
@@ -172,7 +182,7 @@ class TorchBackend:
         scales: Tensor | None,
         topk_idx: Tensor,
         topk_weights: Tensor | None,
-        counted: Counted,
+        counted: Callable[[], Counted],
         spec: ExchangeSpec,
         owner: int,
     ) -> Dispatch:
@@ -183,17 +193,44 @@ class TorchBackend:
             scales: [T, H / 128] fp32 or int32 scales of fp8 rows, or None.
             topk_idx: [T, K] int64, -1 = no choice.
             topk_weights: [T, K] fp32 or fp64, or None.
-            counted: from :meth:`exchange_counts`.
+            counted: waits for the exchanged counts.
             spec: the settings.
             owner: id stored in the plan.
         """
-        return self.move(x, scales, topk_weights, self.prepare(topk_idx, counted, spec, owner))
+        if spec.capacity is not None:
+            prepared = self.prepare(topk_idx, counted(), spec, owner)
+            packed = self.pack(x, scales, topk_weights, prepared.topk_idx, prepared.send, spec)
+        else:
+            # Without a capacity the source's half needs nobody's counts: it is done while they travel.
+            send = self.plan_send(topk_idx, spec)
+            packed = self.pack(x, scales, topk_weights, topk_idx, send, spec)
+            prepared = self.prepare(topk_idx, counted(), spec, owner, send)
+        return self.place(packed, prepared)
 
-    def prepare(self, topk_idx: Tensor, counted: Counted, spec: ExchangeSpec, owner: int) -> Prepared:
-        """Everything of a dispatch that needs no payload: capacity, sizes, the source's plan."""
+    def plan_send(self, topk_idx: Tensor, spec: ExchangeSpec) -> SendPlan:
+        """The source's half of a plan; ``topk_idx`` after capacity drops."""
+        if spec.per_choice:
+            return plan_send_per_choice(topk_idx, count_choices(topk_idx, spec.num_experts), spec.num_ranks)
+        in_rank = tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks)
+        return plan_send_per_rank(in_rank, in_rank.sum(0).tolist(), topk_idx, spec.num_experts)
+
+    def prepare(
+        self, topk_idx: Tensor, counted: Counted, spec: ExchangeSpec, owner: int, send: SendPlan | None = None
+    ) -> Prepared:
+        """What of a dispatch follows from the counts: capacity and sizes.
+
+        Args:
+            topk_idx: [T, K] int64 physical ids.
+            counted: the exchanged counts.
+            spec: the settings.
+            owner: id stored in the plan.
+            send: the source's half where it is made already, which a capacity does not allow.
+        """
         rank = self.control.rank
         self.max_tokens = max(self.max_tokens, int(counted.tokens.max()))
-        kept, per_expert, overflow = fit_capacity(counted.choices, counted.rows, spec, self.max_tokens)
+        # What other dispatchers of this Buffer have seen must not change the sizes of one that said its own.
+        max_tokens = spec.max_tokens_per_rank or self.max_tokens
+        kept, per_expert, overflow = fit_capacity(counted.choices, counted.rows, spec, max_tokens)
         rows_per_rank = counted.rows
         if overflow is not None:
             topk_idx = drop_choices(topk_idx, kept[rank])
@@ -203,31 +240,46 @@ class TorchBackend:
                 rows_per_rank = self.control.swap_even(left) if self.control.size > 1 else left.unsqueeze(0)
         groups = make_groups(kept, rows_per_rank, per_expert, overflow, spec, rank)
         if spec.per_choice:
-            send = plan_send_per_choice(topk_idx, kept[rank], spec.num_ranks)
             first = rank * spec.num_local_experts
             recv_counts = kept[:, first : first + spec.num_local_experts].sum(1).tolist()
         else:
-            in_rank = tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks)
-            send = plan_send_per_rank(in_rank, rows_per_rank[rank].tolist(), topk_idx, spec.num_experts)
             recv_counts = rows_per_rank[:, rank].tolist()
+        send = self.plan_send(topk_idx, spec) if send is None else send
         return Prepared(spec, owner, self.control.seq, topk_idx, send, groups, rows_per_rank, recv_counts)
 
-    def move(self, x: Tensor, scales: Tensor | None, topk_weights: Tensor | None, prepared: Prepared) -> Dispatch:
-        """The payload of a dispatch: swap rows and metadata, then place them."""
-        spec, groups, send = prepared.spec, prepared.groups, prepared.send
+    def pack(
+        self,
+        x: Tensor,
+        scales: Tensor | None,
+        topk_weights: Tensor | None,
+        topk_idx: Tensor,
+        send: SendPlan,
+        spec: ExchangeSpec,
+    ) -> Packed:
+        """Rows and metadata in the order of the wire; arguments as in :meth:`dispatch`, ids after capacity drops."""
         cast = spec.wire_dtype is not None and scales is None
         payload, scales = quantize(x) if cast else (x, scales)
-        meta = Metadata.of(spec, topk_weights, scales)
-        packed = meta.pack(prepared.topk_idx, topk_weights, scales, send, spec)
-        received = self.swap(payload, send.send_src, send.send_counts, prepared.recv_counts, packed)
-        ids, weights, scales, recv_src = meta.unpack(received.meta)
-        compact = spec.layout == "compact"
-        plan = self.make_plan(prepared, self._plan_places(prepared, ids, x.device), meta.weight_bytes)
+        layout = Metadata.of(spec, topk_weights, scales)
+        meta = layout.pack(topk_idx, topk_weights, scales, send, spec)
+        return Packed(self.load(payload, send.send_src, send.send_counts, meta), layout, x.dtype if cast else None)
+
+    def move(self, x: Tensor, scales: Tensor | None, topk_weights: Tensor | None, prepared: Prepared) -> Dispatch:
+        """The payload of a prepared dispatch."""
+        packed = self.pack(x, scales, topk_weights, prepared.topk_idx, prepared.send, prepared.spec)
+        return self.place(packed, prepared)
+
+    def place(self, packed: Packed, prepared: Prepared) -> Dispatch:
+        """Swap packed rows and put what arrives in its place."""
+        groups, compact = prepared.groups, prepared.spec.layout == "compact"
+        received = self.ship(packed.load, prepared.recv_counts)
+        ids, weights, scales, recv_src = packed.layout.unpack(received.meta)
+        device = received.buffer.device
+        plan = self.make_plan(prepared, self._plan_places(prepared, ids, device), packed.layout.weight_bytes)
         rows = self._place(received.buffer, received.index, plan)
         if scales is not None:
             scales = place_values(scales, plan)
-            if cast:
-                rows, scales = dequantize(rows, scales, x.dtype), None
+            if packed.cast_from is not None:
+                rows, scales = dequantize(rows, scales, packed.cast_from), None
         row_weights = None
         if weights is not None:
             row_weights = fill_rows(weights, plan, 0) if compact else place_choices(weights, plan)
@@ -241,9 +293,9 @@ class TorchBackend:
             row_weights=row_weights,
             topk_idx=fill_rows(ids, plan, -1) if compact and ids is not None else None,
             recv_src_idx=recv_src,
-            tokens_per_expert=groups.counts.to(device=x.device, dtype=torch.int32),
-            expert_ends=groups.ends.to(device=x.device, dtype=torch.int32),
-            overflow=torch.tensor(groups.overflow is not None, device=x.device),
+            tokens_per_expert=groups.counts.to(device=device, dtype=torch.int32),
+            expert_ends=groups.ends.to(device=device, dtype=torch.int32),
+            overflow=torch.tensor(groups.overflow is not None, device=device),
             plan=plan,
             groups=groups,
         )
@@ -317,11 +369,15 @@ class TorchBackend:
         scales = None if scales is None else received.meta[:, 1:].contiguous().view(scales.dtype)
         return self._place(received.buffer, received.index, plan), scales, received.meta[:, 0].contiguous()
 
-    def replay(self, x: Tensor, plan: Plan, scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def replay(
+        self, x: Tensor, plan: Plan, scales: Tensor | None = None, ready: Callable[[], object] = nothing
+    ) -> tuple[Tensor, Tensor | None]:
         """Move other rows [T, H] along an existing plan; returns layout rows and the rows' scales."""
         send = plan.send
         meta = None if scales is None else as_words(scales.index_select(0, send.send_src))
-        received = self.swap(x, send.send_src, send.send_counts, plan.recv_counts, meta)
+        load = self.load(x, send.send_src, send.send_counts, meta)
+        ready()
+        received = self.ship(load, plan.recv_counts)
         rows = self._place(received.buffer, received.index, plan)
         if plan.overflowed:
             poison(rows)
@@ -340,7 +396,14 @@ class TorchBackend:
 
     # Combine
 
-    def combine(self, y: Tensor, row_weights: Tensor | None, plan: Plan, bias: tuple[Tensor, ...] = ()) -> Tensor:
+    def combine(
+        self,
+        y: Tensor,
+        row_weights: Tensor | None,
+        plan: Plan,
+        bias: tuple[Tensor, ...] = (),
+        ready: Callable[[], object] = nothing,
+    ) -> Tensor:
         """Sum each token's rows, weighted when ``row_weights`` is given, in fp32 (fp64 for fp64 rows) and fixed order.
 
         Args:
@@ -348,6 +411,7 @@ class TorchBackend:
             row_weights: [num_rows] or None.
             plan: of the dispatch.
             bias: up to two [T, H] tensors added before rounding.
+            ready: called before anything is sent; waits until all ranks have announced the exchange.
 
         Returns:
             [T, H] in y's dtype; zeros (plus bias) for tokens that no rank received.
@@ -356,20 +420,25 @@ class TorchBackend:
         if self.control.size == 1 and place.back_offsets is None:
             index = send.token_rows if place.back_rows is None else place.back_rows[send.token_rows]
             weights = None if row_weights is None else row_weights[index]
+            ready()
             out = reduce_rows(y, index, send.token_offsets, weights, bias)
         else:
             partial = self._reduce_back(y, row_weights, plan)
+            ready()
             received = self.swap(partial, None, plan.recv_counts, send.send_counts, None)
             out = reduce_rows(received.buffer, send.token_rows, send.token_offsets, None, bias)
         return poison(out) if plan.overflowed else out
 
-    def combine_grads(self, grads: Tensor, weight_grads: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def combine_grads(
+        self, grads: Tensor, weight_grads: Tensor, plan: Plan, ready: Callable[[], object] = nothing
+    ) -> tuple[Tensor, Tensor]:
         """The reversed dispatch: gradients of rows and of their weights travel home in one exchange.
 
         Args:
             grads: [num_rows, H] gradients of layout rows.
             weight_grads: [num_rows] or, for compact rows, [num_rows, K].
             plan: of the dispatch.
+            ready: as in :meth:`combine`.
 
         Returns:
             Gradients of x [T, H] and of topk_weights [T, K].
@@ -377,6 +446,7 @@ class TorchBackend:
         send = plan.send
         partial = self._reduce_back(grads, None, plan)
         meta = as_words(collect_choices(weight_grads, plan))
+        ready()
         received = self.swap(partial, None, plan.recv_counts, send.send_counts, meta)
         index = send.token_rows if received.index is None else received.index[send.token_rows]
         dx = reduce_rows(received.buffer, index, send.token_offsets)
@@ -414,30 +484,37 @@ class TorchBackend:
     def swap(
         self, rows: Tensor, index: Tensor | None, send_counts: list[int], recv_counts: list[int], meta: Tensor | None
     ) -> Received:
-        """Send rows and their metadata to every rank in one exchange.
+        """:meth:`load` and :meth:`ship` in one."""
+        return self.ship(self.load(rows, index, send_counts, meta), recv_counts)
+
+    def load(self, rows: Tensor, index: Tensor | None, send_counts: list[int], meta: Tensor | None) -> Load:
+        """Put rows and their metadata in the order of the wire.
 
         Args:
             rows: [M, W] contiguous rows.
             index: [S] rows to send, by destination; None sends ``rows`` as they are.
             send_counts: wire rows for each rank.
-            recv_counts: wire rows from each rank.
             meta: [S, words] int32, the same number of words on every rank, or None.
         """
         if self.control.size == 1:
-            return Received(rows if index is None else rows.index_select(0, index), None, meta)
-        meta_bytes = 0 if meta is None else meta.shape[1] * WORD_BYTES
-        row_bytes = rows.shape[1] * rows.itemsize
-        send_rows = [count + tail_rows(count, meta_bytes, row_bytes) for count in send_counts]
-        recv_rows = [count + tail_rows(count, meta_bytes, row_bytes) for count in recv_counts]
-        packed = rows
-        if index is not None or meta is not None:
-            packed = rows.new_empty(sum(send_rows), rows.shape[1])
-            pack_rows(packed, rows, index, send_counts, send_rows, meta)
-        buffer = rows.new_empty(sum(recv_rows), rows.shape[1])
-        self._all_to_all(buffer, packed.contiguous(), recv_rows, send_rows)
-        if meta is None:
-            return Received(buffer, None, None)
-        return unpack_rows(buffer, recv_counts, recv_rows, meta.shape[1])
+            return Load(rows if index is None else rows.index_select(0, index), send_counts, meta)
+        if index is None and meta is None:
+            return Load(rows.contiguous(), send_counts, None)
+        words = 0 if meta is None else meta.shape[1]
+        regions = region_rows(send_counts, words, rows.shape[1] * rows.itemsize)
+        packed = rows.new_empty(sum(regions), rows.shape[1])
+        pack_rows(packed, rows, index, send_counts, regions, meta)
+        return Load(packed, regions, meta)
+
+    def ship(self, load: Load, recv_counts: list[int]) -> Received:
+        """Send a load to every rank in one exchange; ``recv_counts`` are the wire rows that each sends here."""
+        if self.control.size == 1:
+            return Received(load.rows, None, load.meta)
+        words = 0 if load.meta is None else load.meta.shape[1]
+        regions = region_rows(recv_counts, words, load.rows.shape[1] * load.rows.itemsize)
+        buffer = load.rows.new_empty(sum(regions), load.rows.shape[1])
+        self._all_to_all(buffer, load.rows, regions, load.regions)
+        return Received(buffer, None, None) if load.meta is None else unpack_rows(buffer, recv_counts, regions, words)
 
     def _all_to_all(self, out: Tensor, rows: Tensor, out_splits: list[int], splits: list[int]) -> None:
         # Bytes travel: not every torch.distributed backend knows every dtype.

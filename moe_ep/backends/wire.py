@@ -30,6 +30,21 @@ class Received:
     meta: Tensor | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is about to be sent.
+
+    Attributes:
+        rows: [M, W] rows in the order of the wire, metadata rows among them.
+        regions: rows for each rank.
+        meta: [S, words] int32 metadata, which for a single rank stays here.
+    """
+
+    rows: Tensor
+    regions: list[int]
+    meta: Tensor | None
+
+
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Cast rows to e4m3 with one fp32 scale per 128 channels: scale = max(amax, 1e-4) / 448.
 
@@ -126,9 +141,9 @@ def as_words(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.int32)
 
 
-def tail_rows(count: int, meta_bytes: int, row_bytes: int) -> int:
-    """Whole rows that the metadata of ``count`` rows fills behind them."""
-    return -(-count * meta_bytes // row_bytes)
+def region_rows(counts: list[int], meta_words: int, row_bytes: int) -> list[int]:
+    """Rows that travel to or from each rank: its wire rows, then as many whole rows as their metadata fills."""
+    return [count - (-count * meta_words * WORD_BYTES // row_bytes) for count in counts]
 
 
 def pack_rows(
