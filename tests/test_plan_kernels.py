@@ -55,6 +55,18 @@ def test_host_twin_equals_python_plan(shape: tuple[int, int, int, int], kind: st
     assert torch.equal(found.is_token_in_rank.bool(), tokens_in_rank(topk_idx, num_experts, num_ranks))
 
 
+@pytest.mark.parametrize("name", ["idx_in_expert", "idx_in_rank", "is_token_in_rank", "tokens_per_rank"])
+def test_planted_fault_is_caught(name: str):
+    topk_idx = make_topk_idx((97, 6, 6, 2), "holes")
+    found = host_plan(topk_idx, 6, 2)
+    values = getattr(found, name).flatten()
+    # Two neighbours change places, as a race between two warps would have it.
+    other = int((values != values[0]).nonzero()[0])
+    values[[0, other]] = values[[other, 0]]
+    with pytest.raises(AssertionError, match=name):
+        found.assert_equal(expected_plan(topk_idx, 6, 2))
+
+
 def test_repeated_expert_takes_places_in_choice_order():
     found = host_plan(torch.tensor([[3, 3], [0, 3]]), 4, 2)
     assert found.idx_in_expert.tolist() == [[0, 1], [0, 2]]
