@@ -99,13 +99,13 @@ def check_differences(ctx: RankContext, modes: list[str], use_async: bool) -> No
         def layer(*leaves: torch.Tensor, case=case, dispatcher=dispatcher, topk_idx=topk_idx) -> torch.Tensor:
             return run_layer(case, dispatcher, Leaves(*leaves), topk_idx, use_async=use_async)
 
-        assert distributed_gradcheck(layer, make_leaves(case, ctx.rank), group=ctx.group, max_elements=5)
+        assert distributed_gradcheck(layer, make_leaves(case, ctx.rank), group=ctx.group, max_elements=4)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_differences_with_uneven_ranks(ranks: Ranks, num_ranks: int) -> None:
     ranks(num_ranks, check_differences, ["expanded", "aligned", "compact", "slab, experts"], False)
-    ranks(num_ranks, check_differences, ["expanded, experts", "slab"], True)
+    ranks(num_ranks, check_differences, ["expanded, experts"], True)
 
 
 def gradcheck_in_step(ctx: RankContext, mode: str, use_async: bool) -> None:
