@@ -42,7 +42,7 @@ class GatedActivation(torch.autograd.Function):
         gate, up = hidden.chunk(2, -1)
         out = _activate(gate, kind).mul_(up)
         if weights is not None:
-            out.mul_(weights.unsqueeze(-1))
+            _scale(out, weights, out)
         ctx.save_for_backward(hidden, weights)
         ctx.kind = kind
         return out
@@ -58,12 +58,18 @@ class GatedActivation(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 # Products of low precision are summed in the precision of the weights.
                 grad_weights = (activated * up).mul_(grad).sum(-1, dtype=weights.dtype)
-            grad = torch.mul(grad, weights.unsqueeze(-1), out=torch.empty_like(grad))
+            grad = _scale(grad, weights, torch.empty_like(grad))
         grad_hidden = torch.empty_like(hidden)
         grad_gate, grad_up = grad_hidden.chunk(2, -1)
         torch.mul(grad, activated, out=grad_up)
         _activate_backward(torch.mul(grad, up, out=activated), gate, grad_gate, ctx.kind)
         return grad_hidden, grad_weights, None
+
+
+def _scale(rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    # On a CPU a product of two dtypes first copies the rows to the wider one, three times the cost of the product.
+    weights = weights.to(rows.dtype) if rows.device.type == "cpu" else weights
+    return torch.mul(rows, weights.unsqueeze(-1), out=out)
 
 
 def _activate(gate: torch.Tensor, kind: str) -> torch.Tensor:

@@ -128,6 +128,8 @@ class MoELayer(nn.Module):
             backend=backend,
             timeout_s=timeout_s,
         )
+        # What hooks are told.
+        self.dispatcher.layer = layer_idx
         common: dict[str, Any] = {"seed": seed, "layer_idx": layer_idx, "device": device}
         if router is None:
             router_dtype = torch.promote_types(dtype, torch.float32)

@@ -65,8 +65,9 @@ class TopKRouter(nn.Module):
         dtype: of the parameters.
 
     Attributes:
-        loss_scale: float or 0-dim tensor on the device, factor of attached losses' gradients. Set it to what the
-            caller's own loss is multiplied by before ``backward()``: GradScaler's scale, 1 / accumulation steps.
+        loss_scale: float or 0-dim tensor on the device, factor of attached losses' gradients. Set it, before the
+            forward, to what the caller's own loss is multiplied by before ``backward()``: GradScaler's scale, 1 /
+            accumulation steps.
         correction_bias: fp32 [E], persistent, fp32 also after ``.to(dtype)``; None unless used.
 
     Example:
@@ -229,7 +230,7 @@ def in_backward() -> bool:
 
 
 def set_loss_scale(model: nn.Module, scale: float | torch.Tensor) -> None:
-    """Sets :attr:`TopKRouter.loss_scale` of every router in ``model``."""
+    """Sets :attr:`TopKRouter.loss_scale` of every router in ``model``, for the forwards that follow."""
     for module in model.modules():
         if isinstance(module, TopKRouter):
             module.loss_scale = scale

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moe_ep
+from moe_ep.errors import CapacityError
 from moe_ep.layers import MoELayer
 from moe_ep.testing import uneven_tokens
 from tests.layers import reference
@@ -224,6 +225,37 @@ def test_input_shapes_and_errors():
         Case({"num_chunks": 0}).layer(None)
     with pytest.raises(ValueError, match="are both given"):
         Case({"router": layer.router, "aux_loss_coef": 0.1}).layer(None)
+
+
+def test_without_gradients():
+    layer, (x, _) = Case({**SHARED, "num_chunks": 2}).layer(None), Case().batch(1)
+    expected_out = layer(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = layer(x)
+        assert torch.equal(out, expected_out)
+        assert not out.requires_grad
+
+
+@pytest.mark.parametrize("capacity", [moe_ep.Capacity(rows=8), moe_ep.Capacity(per_expert=1)])
+def test_overflow_raises_or_drops(capacity):
+    x, _ = Case().batch(1)
+    layer = Case({"capacity": capacity}).layer(None)
+    with pytest.raises(CapacityError):
+        layer(x)
+    layer = Case({"capacity": capacity, "on_overflow": "drop"}).layer(None)
+    out = layer(x)
+    out.sum().backward()
+    assert (out == 0).all(1).any()
+    assert not (out == 0).all()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_hooks_are_told_the_layer():
+    layer, seen = Case().layer(None, layer_idx=7), []
+    layer.dispatcher.register_hook("dispatch_ready", lambda event: seen.append(event.layer))
+    layer(Case().batch(1)[0])
+    assert seen == [7]
 
 
 def test_statistics_count_until_they_are_reset():

@@ -93,18 +93,20 @@ def test_checkpointing_the_experts_alone(ranks):
 
 
 def autocast(ctx, dtype, options):
-    case = Case({**SHARED, **options}, dtype=torch.float32)
+    # A coefficient that shows in the gradient when its scale is forgotten.
+    case = Case({**SHARED, "aux_loss_coef": 50.0, **options}, dtype=torch.float32)
     layer, (x, probe) = case.layer(ctx.group), own_batch(ctx, case)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=dtype == torch.float16)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    set_loss_scale(layer, scaler.get_scale())
     with torch.autocast("cpu", dtype=dtype):
         out = layer(x)
     assert out.dtype == dtype
-    set_loss_scale(layer, scaler.get_scale())
     scaler.scale((out.float() * probe).sum()).backward()
     x.grad /= scaler.get_scale()
     scaler.unscale_(optimizer)
     low = gradients(layer, x)
+    set_loss_scale(layer, 1.0)
     (layer(x) * probe).sum().backward()
     full = gradients(layer, x)
     assert all(low[name].dtype == torch.float32 for name in full)
@@ -288,6 +290,12 @@ def test_compiles_without_a_group():
     x, _ = Case().batch(1)
     run = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(x), layer(x), rtol=0, atol=1e-13)
+
+
+def test_chunks_break_the_graph_and_give_the_same():
+    layer = Case({"num_chunks": 2}).layer(None)
+    x, _ = Case().batch(1)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), layer(x), rtol=0, atol=1e-13)
 
 
 def schedule(ctx, options):
