@@ -134,7 +134,7 @@ class BufferCalls:
             ValueError, PeerAbortedError, ExchangeMismatchError, PeerTimeoutError, StaleHandleError: as their texts say.
             CapacityError: at the next call, when ``num_worst_tokens`` did not suffice somewhere.
         """
-        _check_events(previous_event, async_finish, allocate_on_comm_stream)
+        self._check_call(handle, False, previous_event, async_finish, allocate_on_comm_stream)
         _wait(previous_event)
         if handle is not None:
             layout = (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
@@ -191,7 +191,7 @@ class BufferCalls:
         Raises:
             ValueError, PeerAbortedError, ExchangeMismatchError, PeerTimeoutError, StaleHandleError: as their texts say.
         """
-        _check_events(previous_event, async_finish, allocate_on_comm_stream)
+        self._check_call(handle, True, previous_event, async_finish, allocate_on_comm_stream)
         _wait(previous_event)
         plan, error = self._plan_of(handle)
         biases = () if bias is None else (bias if isinstance(bias, tuple) else (bias,))
@@ -294,9 +294,26 @@ class BufferCalls:
         for bias in biases:
             check_tensor("bias", bias, shape=(plan.num_tokens, x.shape[1]), dtypes=(x.dtype,), device=x.device)
 
+    def _check_call(
+        self,
+        handle: BufferHandle | None,
+        needs_handle: bool,
+        previous_event: EventOverlap | None,
+        async_finish: bool,
+        allocate_on_comm_stream: bool,
+    ) -> None:
+        """What no exchange can begin with; the peers are told."""
+        error: ValueError | None = None
+        try:
+            _check_events(previous_event, async_finish, allocate_on_comm_stream)
+            if not isinstance(handle, BufferHandle) and (needs_handle or handle is not None):
+                raise ValueError(f"handle is {type(handle).__name__}; pass the handle that dispatch returned")
+        except ValueError as failure:
+            error = failure
+        if error is not None:
+            self.run(lambda: self.control.open(Call("dispatch"), error=error))
+
     def _plan_of(self, handle: BufferHandle) -> tuple[Plan, Exception | None]:
-        if not isinstance(handle, BufferHandle):
-            raise ValueError(f"handle is {type(handle).__name__}; pass the handle that dispatch returned")
         plan = handle.plan
         if plan.owner != id(self):
             return plan, StaleHandleError("the handle was made by another Buffer: pass one that this Buffer returned")

@@ -318,9 +318,12 @@ class TokenDispatcher(nn.Module):
         if planned is not None or isinstance(x, tuple):
             return self.dispatch_async(x, topk_idx, topk_weights, planned).wait()
         x = self._cast(x)
+        if not _on_one_device(x, topk_idx, topk_weights):
+            # An operator would refuse these on this rank alone; this raises, and tells the peers.
+            self._live().dispatch(x, topk_idx, topk_weights, None)
         # NOTE: plain attribute reads: they are what torch.compile guards on.
         rows, weights, counts, tensors = torch.ops.moe_ep.dispatch(
-            x, topk_idx, self._checked_weights(topk_weights), self._anchor, self._ready_id()
+            x, topk_idx, topk_weights, self._anchor, self._ready_id()
         )
         listed = None
         if self.capacity is None and self.layout != "slab" and not torch.compiler.is_compiling():
@@ -341,16 +344,16 @@ class TokenDispatcher(nn.Module):
         Raises:
             As :meth:`dispatch`, and StaleHandleError for a handle of another dispatcher, device, or before a reset.
         """
-        return torch.ops.moe_ep.combine(
-            self._cast(y), weights, self._tensors_of(handle), self._anchor, self._ready_id()
-        )
+        y, tensors = self._cast(y), self._tensors_of(handle)
+        if not _on_one_device(y, tensors[1], tensors[1] if weights is None else weights):
+            self._live().combine(y, weights, tensors)
+        return torch.ops.moe_ep.combine(y, weights, tensors, self._anchor, self._ready_id())
 
     def dispatch_async(
         self, x: Rows, topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None = None
     ) -> PendingDispatch:
         """As :meth:`dispatch`, returning at once; work created before ``.wait()`` runs beside it, also in backward."""
         exchange = DispatchExchange(self._live())
-        topk_weights = self._checked_weights(topk_weights)
         if isinstance(x, tuple):
             exchange.launch(x, topk_idx, topk_weights, planned)
             return PendingDispatch(self, exchange, self._anchor, scaled=True)
@@ -456,14 +459,10 @@ class TokenDispatcher(nn.Module):
             self._live().allow_dtype(dtype)
         return x.to(dtype)
 
-    @staticmethod
-    def _checked_weights(topk_weights: Tensor | None) -> Tensor:
-        # NOTE: an absent tensor cannot be handed to an operator; -1 by 0 fails the shape check on every path.
-        return torch.empty(0, 0) if topk_weights is None else topk_weights
-
     def _tensors_of(self, handle: DispatchHandle) -> list[Tensor]:
         if not isinstance(handle, DispatchHandle):
-            raise ValueError(f"handle is {type(handle).__name__}; pass the handle of dispatch's result")
+            error = ValueError(f"handle is {type(handle).__name__}; pass the handle of dispatch's result")
+            self._live().refuse("combine", error)
         return list(handle.tensors)
 
     def _dispatched(
@@ -488,6 +487,11 @@ class TokenDispatcher(nn.Module):
             overflow=overflow if self.capacity is not None else None,
             handle=DispatchHandle(tuple(tensors[:NUM_PLAN_TENSORS])),
         )
+
+
+def _on_one_device(first: object, *others: object) -> bool:
+    """Whether an operator would take these: tensors, all on one device."""
+    return isinstance(first, Tensor) and all(isinstance(t, Tensor) and t.device == first.device for t in others)
 
 
 def _check(spec: ExchangeSpec, expert_map: Tensor | None, num_sms: int | None) -> None:
