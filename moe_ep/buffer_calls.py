@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -210,7 +211,7 @@ class BufferCalls:
             if weights is not None and topk_weights is not None:
                 weights.copy_(self.backend.combine_weights(topk_weights, plan))
 
-        return out, weights, self._finish(run, async_finish)
+        return out, weights, self._finish(run, async_finish, plan.device)
 
     # Checks
 
@@ -373,7 +374,7 @@ class BufferCalls:
             if recv_weights is not None and moved.row_weights is not None:
                 recv_weights.copy_(moved.row_weights)
 
-        event = self._finish(run, async_finish)
+        event = self._finish(run, async_finish, plan.device)
         handle = self._handle(plan, prepared.groups, prepared.rows_per_rank, source, request.in_rank)
         listed = [] if spec.capacity is not None else _aligned(prepared.groups.counts, alignment)
         return recv, recv_idx, recv_weights, listed, handle, event
@@ -394,7 +395,7 @@ class BufferCalls:
             _copy_rows(recv, rows, scales)
             source.copy_(tokens)
 
-        event = self._finish(run, async_finish)
+        event = self._finish(run, async_finish, plan.device)
         handle = self._handle(plan, groups, counted.rows, source, request.in_rank)
         return recv, None, None, _aligned(counts, alignment), handle, event
 
@@ -414,11 +415,14 @@ class BufferCalls:
         self.run(lambda: self._announce("replayed dispatch", plan, shapes, error))
         request = _Request(rows, scales, None, None, handle.is_token_in_rank, rows, _NO_SPEC)
         recv = _empty_rows(request, plan.num_rows)
-        event = self._finish(lambda: _copy_rows(recv, *self.backend.replay(rows, plan, scales)), async_finish)
+        event = self._finish(
+            lambda: _copy_rows(recv, *self.backend.replay(rows, plan, scales)), async_finish, plan.device
+        )
         return recv, None, None, None, None, event
 
-    def _finish(self, run: Callable[[], None], async_finish: bool) -> EventOverlap:
-        if async_finish:
+    def _finish(self, run: Callable[[], None], async_finish: bool, device: torch.device) -> EventOverlap:
+        # Work for a GPU is issued here in any case: on another thread it would not be ordered with the current stream.
+        if async_finish and device.type == "cpu":
             return EventOverlap(self.submit(run).event())
         self.run(run)
         return EventOverlap()

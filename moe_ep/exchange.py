@@ -33,6 +33,9 @@ PHASES = tuple(
 )
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class PhaseEvent:
     """What a hook is told.
@@ -183,7 +186,7 @@ class Exchanger:
                 self._overflow = result.groups.overflow
             return result
 
-        return self._launch(run, error)
+        return self._launch(run, error, _CPU if rows is None else rows.device)
 
     def combine(self, y: Tensor, row_weights: Tensor | None, plan_tensors: list[Tensor]) -> Job[Tensor]:
         """[T, H]: each token's weighted sum."""
@@ -201,7 +204,7 @@ class Exchanger:
             weights = None if row_weights is None else row_weights.reshape(-1)
             return self.buffer.backend.combine(y.reshape(-1, spec.hidden_size), weights, plan, ready=ready)
 
-        return self._launch(run, error)
+        return self._launch(run, error, plan.device)
 
     def refuse(self, kind: str, error: Exception) -> NoReturn:
         """Raise an error that no operator would carry to the peers, after telling them."""
@@ -223,7 +226,7 @@ class Exchanger:
             ready = self._announce("replayed dispatch", spec, plan, error)
             return self._shape(self.buffer.backend.replay(x, plan, ready=ready)[0])
 
-        return self._launch(run, error)
+        return self._launch(run, error, plan.device)
 
     def combine_grads(
         self, grads: Tensor, weight_grads: Tensor, plan_tensors: list[Tensor]
@@ -237,7 +240,7 @@ class Exchanger:
             flat = weight_grads if spec.layout == "compact" else weight_grads.reshape(-1)
             return self.buffer.backend.combine_grads(grads.reshape(-1, spec.hidden_size), flat, plan, ready)
 
-        return self._launch(run, error)
+        return self._launch(run, error, plan.device)
 
     def next_seq(self) -> int:
         """Number of the exchange being launched, for hooks."""
@@ -326,9 +329,13 @@ class Exchanger:
         self.num_exchanges += 1
         return run()
 
-    def _launch(self, run: Callable[[], Any], error: Exception | None) -> Job:
-        """Start a job; without ``overlap`` it runs to its end here. An error of this rank's input is raised here."""
-        job = (self.buffer.submit if self.overlap else self.buffer.run_job)(lambda: self._guarded(run))
+    def _launch(self, run: Callable[[], Any], error: Exception | None, device: torch.device = _CPU) -> Job:
+        """Start a job; without ``overlap`` it runs to its end here. An error of this rank's input is raised here.
+
+        Work for a GPU is issued here in any case: on another thread it would not be ordered with the current stream.
+        """
+        start = self.buffer.submit if self.overlap and device.type == "cpu" else self.buffer.run_job
+        job = start(lambda: self._guarded(run))
         if error is not None:
             job.result()
         return job

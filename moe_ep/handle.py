@@ -133,6 +133,11 @@ class Plan:
     send: SendPlan
     place: PlacePlan
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.send.send_src.device
+
     def to_tensors(self) -> list[Tensor]:
         """The plan as tensors alone, the form in which operators and autograd carry it."""
         scalars = [int(getattr(self, name)) for name in _SCALARS]
