@@ -1,14 +1,19 @@
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
 from moe_ep.cli import bench
 from moe_ep.cli.bench.baseline import AllToAllDispatcher
 from moe_ep.cli.bench.cases import Case, Shape, exchange_cases
 from moe_ep.cli.bench.exchange import count_rows, exchange_contest, make_inputs
-from moe_ep.cli.bench.launch import pick_device
+from moe_ep.cli.bench.launch import launch, pick_device
 from moe_ep.cli.bench.layer import layer_contest
 from moe_ep.cli.bench.registry import find_measurement, measure
 from moe_ep.cli.bench.report import (
@@ -352,3 +357,35 @@ def test_quick_run_end_to_end(tmp_path, capsys):
     assert "dispatch_combine" in out
     assert main(["bench", "--show", str(results)]) == 0
     assert "| moe_layer |" in capsys.readouterr().out
+
+
+def test_interrupt_ends_every_process_in_silence():
+    command = [sys.executable, "-m", "moe_ep", "bench", "--op", "dispatch_combine", "--ranks", "2", "--device", "cpu"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell without a terminal starts its background jobs with Ctrl-C ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        lines = [process.stderr.readline() for _ in range(2)]
+        os.killpg(process.pid, signal.SIGINT)
+        # The pipes close when the last process that holds them has ended.
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "R=2 T=256" in lines[1]
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+
+
+def fail(rank):
+    raise ZeroDivisionError(f"rank {rank.rank} divides")
+
+
+def test_error_of_a_rank_is_raised_with_its_text():
+    with pytest.raises(ProcessRaisedException, match="rank 0 divides"):
+        launch(1, "cpu", fail)

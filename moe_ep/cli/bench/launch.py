@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -53,15 +54,18 @@ def launch(ranks: int, device: str, job: Job, *args: Any) -> list[dict]:
     with tempfile.TemporaryDirectory(prefix="moe_ep_bench_") as folder:
         # One thread per core over all ranks: more would measure the scheduler.
         threads = max(1, _num_cores() // ranks)
-        processes = mp.spawn(
-            _run_rank, args=(ranks, device, threads, folder, job, args), nprocs=ranks, join=False, daemon=True
-        )
+        with _without_interrupts():
+            processes = mp.spawn(
+                _run_rank, args=(ranks, device, threads, folder, job, args), nprocs=ranks, join=False, daemon=True
+            )
         try:
             while not processes.join():
                 pass
         except BaseException:
             for process in processes.processes:
                 process.terminate()
+            for process in processes.processes:
+                process.join()
             raise
         return json.loads(Path(folder, "result.json").read_text())
 
@@ -76,6 +80,8 @@ def run_in_world(device: str, job: Job, *args: Any) -> list[dict] | None:
 
 
 def _run_rank(index: int, ranks: int, device: str, threads: int, folder: str, job: Job, args: Sequence[Any]) -> None:
+    # Ctrl-C reaches every process of the terminal: ranks end at once and in silence, also inside a collective.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(threads)
     if ranks == 1:
         result = job(Rank(group=None, device=torch.device(device)), *args)
@@ -86,6 +92,16 @@ def _run_rank(index: int, ranks: int, device: str, threads: int, folder: str, jo
             result = job(rank, *args)
     if index == 0:
         Path(folder, "result.json").write_text(json.dumps(result))
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C until they ask for it: not every moment of their start can end cleanly."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
