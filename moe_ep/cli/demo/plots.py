@@ -134,6 +134,7 @@ def _load_share(load: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a window around each step; shorter at both ends, so that the curve does not lag."""
-    windows = [values[max(0, i - _SMOOTHING) : i + _SMOOTHING + 1] for i in range(len(values))]
+    """Mean over a window around each step; narrower near the start, where the loss falls too fast to be averaged."""
+    halves = [min(i, _SMOOTHING) for i in range(len(values))]
+    windows = [values[i - half : i + half + 1] for i, half in enumerate(halves)]
     return [sum(window) / len(window) for window in windows]

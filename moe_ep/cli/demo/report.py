@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_ep.cli.demo.checkpoint import write_atomically
-from moe_ep.cli.demo.corpus import Corpus
 from moe_ep.cli.demo.options import CHECK_LIMIT, CHECK_STEPS, DemoOptions, to_dict
 from moe_ep.cli.demo.tracing import Span
 from moe_ep.cli.demo.train import History, learning_rate
@@ -31,7 +30,7 @@ def load_variation(history: History) -> float:
     return float((total.std(-1, correction=0) / total.mean(-1).clamp(min=1e-9)).mean())
 
 
-def summarise(run: "Run", *, heldout: float, text: str, check: float | None) -> dict[str, Any]:
+def summarise(run: "Run", *, text: str, check: float | None) -> dict[str, Any]:
     """The summary of a run, as plain JSON values; losses and entropies in nats per byte."""
     options, history = run.options, run.trainer.history
     timed_steps = max(0, run.trainer.step - run.first_step - 1)
@@ -40,7 +39,7 @@ def summarise(run: "Run", *, heldout: float, text: str, check: float | None) -> 
     return {
         "initial_loss": history.loss[0],
         "final_loss": history.loss[-1],
-        "heldout_loss": heldout,
+        "heldout_loss": history.heldout[-1][1],
         "unigram_entropy": run.corpus.unigram_entropy(),
         "check_max_loss_diff": check,
         "check_passed": None if check is None else check_passed(options, check),
@@ -67,9 +66,7 @@ def check_passed(options: DemoOptions, difference: float) -> bool | None:
     return difference < CHECK_LIMIT
 
 
-def write_files(
-    options: DemoOptions, history: History, summary: dict[str, Any], spans: list[list[Span]], corpus: Corpus
-) -> None:
+def write_files(options: DemoOptions, history: History, summary: dict[str, Any], spans: list[list[Span]]) -> None:
     """Write ``metrics.json``, the plots, and the file of ``--json``."""
     # Only one rank draws, and matplotlib takes a second to import.
     from moe_ep.cli.demo import plots

@@ -10,7 +10,9 @@ from moe_ep.cli.demo.options import ModelOptions
 
 def load_unsharded(checkpoint: Checkpoint, device: torch.device) -> LanguageModel:
     """The checkpoint's model with every expert in this process, in evaluation mode."""
-    model = LanguageModel(ModelOptions(**checkpoint.options["model"]), None, seed=0, device=device)
+    # One process exchanges nothing, so the backend that works on every device will do.
+    options = ModelOptions(**checkpoint.options["model"])
+    model = LanguageModel(options, None, seed=0, device=device, backend="torch")
     sharding.load_model(model, checkpoint.section("model"), None)
     return model.eval()
 

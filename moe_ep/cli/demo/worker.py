@@ -19,9 +19,8 @@ from moe_ep.cli.demo.sampling import sample
 from moe_ep.cli.demo.tracing import Span, exchange_share
 from moe_ep.cli.demo.train import StepResult, Trainer
 
-# Sequences of the held-out part that are measured during the training, and at its end.
-_EVAL_WINDOWS = 32
-_FINAL_WINDOWS = 128
+# Sequences of the held-out part that are measured, the same each time.
+_HELDOUT_WINDOWS = 128
 # The live speed is a mean over this many steps.
 _SPEED_STEPS = 10
 
@@ -69,8 +68,6 @@ class Run:
         """
         self._introduce()
         self._train()
-        windows = heldout_windows(self.corpus.heldout, seq=self.options.model.seq, limit=_FINAL_WINDOWS)
-        heldout = self.trainer.evaluate(windows)
         spans: list[list[Span]] = [[] for _ in range(self.options.ranks)]
         dist.all_gather_object(spans, self.spans, group=self.group)
         # What follows is rank 0's alone: the others may go home, and nobody's exit disturbs it.
@@ -82,10 +79,8 @@ class Run:
             self.saved, prompt=self.options.prompt, num_bytes=self.options.sample_bytes,
             temperature=self.options.temperature, seed=self.options.train.seed,
         )  # fmt: skip
-        summary = report.summarise(
-            self, heldout=heldout, text=text, check=self._check() if self.options.check else None
-        )
-        report.write_files(self.options, self.trainer.history, summary, spans, self.corpus)
+        summary = report.summarise(self, text=text, check=self._check() if self.options.check else None)
+        report.write_files(self.options, self.trainer.history, summary, spans)
         return summary
 
     def _introduce(self) -> None:
@@ -98,7 +93,7 @@ class Run:
             f"{len(self.corpus.train):,} bytes to learn, {len(self.corpus.heldout):,} held out\n"
             f"model: {dense:,} dense and {experts * self.options.ranks:,} expert parameters, "
             f"{self.options.model.layers} layers of {self.options.model.experts} experts over {self.options.ranks} "
-            f"ranks ({self.device.type}, {backend} backend)"
+            f"{'rank' if self.options.ranks == 1 else 'ranks'} ({self.device.type}, {backend} backend)"
         )
         if self.resumed is not None:
             self.reporter.say(f"resumed at step {self.first_step} from {self.options.resume}")
@@ -107,7 +102,7 @@ class Run:
 
     def _train(self) -> None:
         recent: deque[float] = deque(maxlen=_SPEED_STEPS)
-        windows = heldout_windows(self.corpus.heldout, seq=self.options.model.seq, limit=_EVAL_WINDOWS)
+        windows = heldout_windows(self.corpus.heldout, seq=self.options.model.seq, limit=_HELDOUT_WINDOWS)
         while self.trainer.step < self.options.steps:
             result = self.trainer.train_step()
             recent.append(result.seconds)
