@@ -95,7 +95,8 @@ class Buffer(BufferCalls):
         max_tokens_per_rank: int | None = None,
         backend: str = "auto",
     ) -> None:
-        self.group = resolve_group(group)
+        resolved = resolve_group(group)
+        self._group: Callable[[], dist.ProcessGroup | None] = lambda: resolved
         self.timeout_s = _timeout(timeout_s)
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
@@ -106,7 +107,7 @@ class Buffer(BufferCalls):
         self._destroyed = False
         self._executor: ThreadPoolExecutor | None = None
         self._last: Future | None = None
-        self.control = ControlPlane(self.group, self.timeout_s)
+        self.control = ControlPlane(resolved, self.timeout_s)
         self.rank, self.group_size = self.control.rank, self.control.size
         self.ranks_per_node = ranks_per_node or self.group_size
         detail = (
@@ -115,7 +116,7 @@ class Buffer(BufferCalls):
         )
         self.agree(detail, lambda: self._check_arguments(backend))
         self.backend_name, self.backend_reason = "torch", _why_torch(backend)
-        self.backend = TorchBackend(self.control, self.group)
+        self.backend = TorchBackend(self.control, lambda: self.group)
         self.runtime = TorchRuntime(self.rank, self.group_size, self.ranks_per_node, num_nvl_bytes, num_rdma_bytes)
 
     @classmethod
@@ -124,7 +125,8 @@ class Buffer(BufferCalls):
     ) -> Buffer:
         """The Buffer that all dispatchers of a group share; made at the first call, which is collective.
 
-        It lives as long as the group; ranks must ask for the same timeouts and backends in the same order.
+        It lives as long as the group, which it does not keep alive; ranks must ask for the same timeouts and backends
+        in the same order.
         """
         resolved = resolve_group(group)
         if resolved is None:
@@ -132,8 +134,16 @@ class Buffer(BufferCalls):
         buffers = cls._shared.setdefault(resolved, {})
         key = (_timeout(timeout_s), backend)
         if key not in buffers or buffers[key]._destroyed:
-            buffers[key] = cls(resolved, timeout_s=timeout_s, backend=backend)
+            made = cls(resolved, timeout_s=timeout_s, backend=backend)
+            # A value that held its key would keep both for ever; dispatchers hold the group.
+            made._group = weakref.ref(resolved)
+            buffers[key] = made
         return buffers[key]
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group of ranks; None for a single rank."""
+        return self._group()
 
     # Life cycle
 

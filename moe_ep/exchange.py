@@ -79,6 +79,8 @@ class Exchanger:
 
     def __init__(self, buffer: Buffer, spec: ExchangeSpec, expert_map: Tensor | None, validate: bool) -> None:
         self.buffer = buffer
+        # A shared Buffer does not keep its group alive; what exchanges through it does.
+        self.group = buffer.group
         self.spec = spec
         self.expert_map = expert_map
         self.validate = validate

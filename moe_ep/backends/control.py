@@ -28,6 +28,8 @@ _HEADER_WORDS = 8
 _POLL_SECONDS = 0.1
 # How long survivors wait for each other's records before they call a rank missing.
 _ROLL_CALL_SECONDS = 2.0
+# Ranks come to a collective construction or reset at different times, however short exchanges must be.
+_CONNECT_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +124,21 @@ class ControlPlane:
         self.store: dist.Store | None = None
         if self._base_store is not None:
             self.store = dist.PrefixStore(f"{self._number}/{self.incarnation}", self._base_store)
-            timeout = datetime.timedelta(seconds=self.timeout_s)
-            self.group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), self.rank, self.size, timeout)
+            self.group = self._join(self.store)
+
+    def _join(self, store: dist.Store) -> dist.ProcessGroupGloo:
+        store.set(f"joining/{self.rank}", "")
+        timeout = datetime.timedelta(seconds=max(self.timeout_s, _CONNECT_SECONDS))
+        try:
+            return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self.rank, self.size, timeout)
+        except RuntimeError as failure:
+            missing = tuple(rank for rank in range(self.size) if not store.check([f"joining/{rank}"]))
+            raise PeerTimeoutError(
+                f"rank {self.rank} could not connect to all {self.size} ranks within {timeout.total_seconds():g} s: "
+                f"rank(s) {', '.join(map(str, missing)) or 'unknown'} missing; all ranks of the group must "
+                "construct, and must reset(), together",
+                ranks=missing,
+            ) from failure
 
     def reset(self) -> None:
         """Start afresh over new connections. Collective: all ranks must call it, and be alive."""

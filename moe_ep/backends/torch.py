@@ -155,14 +155,14 @@ class TorchBackend:
 
     Args:
         control: headers and bounded waits.
-        group: the caller's group, used for payload on devices that it supports by itself; None for one rank.
+        group: gives the caller's group, used for payload on devices that it supports by itself; None for one rank.
     """
 
     name = "torch"
 
-    def __init__(self, control: ControlPlane, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, control: ControlPlane, group: Callable[[], dist.ProcessGroup | None]) -> None:
         self.control = control
-        self.group = group
+        self._group = group
         self.max_tokens = 0
 
     # Counts
@@ -519,10 +519,11 @@ class TorchBackend:
     def _all_to_all(self, out: Tensor, rows: Tensor, out_splits: list[int], splits: list[int]) -> None:
         # Bytes travel: not every torch.distributed backend knows every dtype.
         out_bytes, row_bytes = out.view(torch.uint8), rows.view(torch.uint8)
+        group = None if out.device.type == "cpu" else self._group()
         if out.device.type == "cpu":
             self.control.swap(out_bytes, row_bytes, out_splits, splits)
-        elif self.group is not None and _supports(self.group, out.device):
-            work = dist.all_to_all_single(out_bytes, row_bytes, out_splits, splits, group=self.group, async_op=True)
+        elif group is not None and _supports(group, out.device):
+            work = dist.all_to_all_single(out_bytes, row_bytes, out_splits, splits, group=group, async_op=True)
             self.control.wait(work)
         else:
             staged = torch.empty_like(out_bytes, device="cpu")
