@@ -1,0 +1,255 @@
+"""Trouble between ranks: different settings, different order, death and lateness. Every rank ends and says why."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_ep import Capacity
+from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError, StaleHandleError
+from moe_ep.testing import RankContext, run_ranks
+from tests.checks import Case, check_dispatched, round_trip
+
+Ranks = Callable[..., list]
+
+CASE = Case(tokens=(4, 5, 3), num_experts=6, top_k=2)
+
+
+def construct_differently(ctx: RankContext, changes: dict) -> str:
+    try:
+        CASE.dispatcher(ctx.new_group(), **(changes if ctx.rank == 1 else {}))
+    except ExchangeMismatchError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sides"),
+    [
+        ({"num_experts": 9}, ("num_experts=6", "num_experts=9")),
+        ({"hidden_size": 16}, ("hidden_size=8", "hidden_size=16")),
+        ({"top_k": 1}, ("top_k=2", "top_k=1")),
+        ({"dtype": torch.bfloat16}, ("torch.float32", "torch.bfloat16")),
+        ({"alignment": 8}, ("alignment=1", "alignment=8")),
+        ({"weights": "experts"}, ("weights=combine", "weights=experts")),
+        ({"capacity": Capacity(rows=64)}, ("rows=64",)),
+        ({"capacity": Capacity(rows=64), "on_overflow": "drop"}, ("on_overflow=drop",)),
+    ],
+    ids=str,
+)
+def test_different_settings_are_found_at_construction_on_all_ranks(ranks: Ranks, changes: dict, sides: tuple) -> None:
+    for rank, text in enumerate(ranks(3, construct_differently, changes)):
+        assert text != "accepted", f"rank {rank} noticed nothing"
+        assert "rank 1" in text
+        assert all(side in text for side in sides)
+
+
+def construct_one_badly(ctx: RankContext) -> Exception | None:
+    try:
+        CASE.dispatcher(ctx.new_group(), **({"num_sms": 7} if ctx.rank == 2 else {}))
+    except (ValueError, MoeEpError) as error:
+        return error
+    return None
+
+
+def test_settings_that_one_rank_refuses_end_the_others(ranks: Ranks) -> None:
+    results = ranks(3, construct_one_badly)
+    assert isinstance(results[2], ValueError)
+    for error in results[:2]:
+        assert isinstance(error, PeerAbortedError)
+        assert error.rank == 2
+        assert "num_sms=7" in str(error)
+
+
+def swap_order(ctx: RankContext, late_s: float) -> tuple[str, str, bool]:
+    dispatcher = CASE.dispatcher(ctx.new_group())
+    x, routing = CASE.x(ctx.rank), CASE.routing(ctx.rank)
+    routed = dispatcher.dispatch(x, *routing)
+    kind, text = "", ""
+    try:
+        if ctx.rank == 1:
+            time.sleep(late_s)
+            dispatcher.dispatch(x, *routing)
+        else:
+            dispatcher.combine(routed.x, routed.handle, routed.weights)
+    except MoeEpError as error:
+        kind, text = type(error).__name__, str(error)
+    dispatcher.reset()
+    round_trip(ctx, CASE, dispatcher)
+    return kind, text, True
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.5])
+def test_different_order_is_found_with_both_sides(ranks: Ranks, late_s: float) -> None:
+    for kind, text, usable in ranks(3, swap_order, late_s):
+        assert kind == ExchangeMismatchError.__name__
+        assert "combine" in text
+        assert "dispatch" in text
+        assert "same order" in text
+        assert usable
+
+
+def swap_layers(ctx: RankContext) -> str:
+    # The same kind of exchange, but of two layers: the handles that are replayed differ.
+    group = ctx.new_group()
+    layers = [CASE.dispatcher(group), CASE.dispatcher(group)]
+    routed = [layer.dispatch(CASE.x(ctx.rank), *CASE.routing(ctx.rank)) for layer in layers]
+    mine = 1 if ctx.rank == 0 else 0
+    try:
+        layers[mine].combine(routed[mine].x, routed[mine].handle, routed[mine].weights)
+    except ExchangeMismatchError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_combines_of_different_layers_do_not_mix(ranks: Ranks) -> None:
+    assert all("different exchanges" in text for text in ranks(3, swap_layers))
+
+
+def skip_one(ctx: RankContext) -> tuple[str, tuple[int, ...], str]:
+    dispatcher = CASE.dispatcher(ctx.new_group(), timeout_s=2)
+    round_trip(ctx, CASE, dispatcher)
+    if ctx.rank == 2:
+        return "absent", (), ""
+    try:
+        dispatcher.dispatch(CASE.x(ctx.rank), *CASE.routing(ctx.rank))
+    except PeerTimeoutError as error:
+        try:
+            dispatcher.dispatch(CASE.x(ctx.rank), *CASE.routing(ctx.rank))
+        except MoeEpError as refused:
+            return str(error), error.ranks, str(refused)
+    return "accepted", (), ""
+
+
+def test_a_rank_that_never_comes_is_named(ranks: Ranks) -> None:
+    results = ranks(3, skip_one)
+    for text, named, refused in results[:2]:
+        assert named == (2,)
+        assert "rank(s) 2" in text
+        assert "timeout_s" in text
+        # Until reset() the Buffer refuses work at once.
+        assert "reset()" in refused
+
+
+def come_late(ctx: RankContext, late_s: float) -> tuple[str, tuple[int, ...], bool]:
+    group = ctx.new_group()
+    dispatcher = CASE.dispatcher(group, timeout_s=2)
+    round_trip(ctx, CASE, dispatcher)
+    kind, named = "", ()
+    if ctx.rank == 1:
+        time.sleep(late_s)
+    try:
+        dispatcher.dispatch(CASE.x(ctx.rank), *CASE.routing(ctx.rank))
+    except PeerTimeoutError as error:
+        kind, named = type(error).__name__, error.ranks
+    dispatcher.reset()
+    round_trip(ctx, CASE, dispatcher)
+    return kind, named, True
+
+
+def test_a_late_rank_times_out_and_all_go_on_after_reset(ranks: Ranks) -> None:
+    results = ranks(3, come_late, 7.0)
+    assert [kind for kind, _, _ in results] == [PeerTimeoutError.__name__] * 3
+    assert results[0][1] == results[2][1] == (1,)
+
+
+def test_a_rank_that_comes_in_time_is_waited_for(ranks: Ranks) -> None:
+    assert [kind for kind, _, _ in ranks(3, come_late, 1.0)] == ["", "", ""]
+
+
+def die_in_exchange(ctx: RankContext, moment: str) -> tuple[str, tuple[int, ...]]:
+    # A broken connection ends the wait long before this timeout.
+    dispatcher = CASE.dispatcher(ctx.group, timeout_s=600)
+    round_trip(ctx, CASE, dispatcher)
+    routed = dispatcher.dispatch(CASE.x(ctx.rank), *CASE.routing(ctx.rank))
+    if ctx.rank == 1:
+        if moment == "inside":
+            # The header is out and the payload is not.
+            backend = dispatcher.buffer.backend
+            backend.combine = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dispatcher.combine(routed.x, routed.handle, routed.weights)
+    except PeerTimeoutError as error:
+        return str(error), error.ranks
+    return "accepted", ()
+
+
+@pytest.mark.parametrize("moment", ["before", "inside"])
+def test_survivors_of_a_dead_rank_name_it_and_exit(moment: str) -> None:
+    # run_ranks(fresh=True) also checks that the survivors' interpreters end by themselves.
+    results = run_ranks(3, die_in_exchange, moment, fresh=True, expect_dead=(1,), timeout=40)
+    for text, named in (results[0], results[2]):
+        assert named == (1,), text
+        assert "rank(s) 1" in text
+
+
+def leave_early(ctx: RankContext) -> int:
+    dispatcher = CASE.dispatcher(ctx.group)
+    round_trip(ctx, CASE, dispatcher)
+    pending = dispatcher.dispatch_async(CASE.x(ctx.rank), *CASE.routing(ctx.rank))
+    if ctx.rank != 0:
+        check_dispatched(CASE, ctx.rank, pending.wait())
+    # Rank 0 leaves with a pending exchange that nobody waits for.
+    return ctx.rank
+
+
+def test_interpreters_end_without_their_peers() -> None:
+    assert run_ranks(3, leave_early, fresh=True) == [0, 1, 2]
+
+
+def use_stale_on_one(ctx: RankContext) -> Exception | None:
+    group = ctx.new_group()
+    first, second = CASE.dispatcher(group), CASE.dispatcher(group)
+    routed = first.dispatch(CASE.x(ctx.rank), *CASE.routing(ctx.rank))
+    others = second.dispatch(CASE.x(ctx.rank), *CASE.routing(ctx.rank))
+    handle = routed.handle if ctx.rank == 2 else others.handle
+    try:
+        second.combine(others.x, handle, others.weights)
+    except (StaleHandleError, PeerAbortedError) as error:
+        round_trip(ctx, CASE, second)
+        return error
+    return None
+
+
+def test_a_stale_handle_on_one_rank_ends_all(ranks: Ranks) -> None:
+    results = ranks(3, use_stale_on_one)
+    assert isinstance(results[2], StaleHandleError)
+    for error in results[:2]:
+        assert isinstance(error, PeerAbortedError)
+        assert error.rank == 2
+        assert "handle" in error.reason
+
+
+def skip_a_wait(ctx: RankContext) -> tuple[bool, bool]:
+    """Rank 1 sends only after the others have looked at rows that they did not wait for."""
+    dispatcher = CASE.dispatcher(ctx.new_group())
+    x = CASE.x(ctx.rank)
+    routed = dispatcher.dispatch(x, *CASE.routing(ctx.rank))
+    check_dispatched(CASE, ctx.rank, routed)
+    backend, plan = dispatcher.buffer.backend, routed.handle.plan
+    control, real = backend.control, backend.control.wait
+    works: list = []
+    if ctx.rank == 1:
+        for other in (0, 2):
+            dist.recv(torch.empty(1), other, group=ctx.group)
+    else:
+        control.wait = works.append
+    # Twice the rows: memory that happens to hold the first exchange's must not look right.
+    early = backend.replay(x * 2, plan)[0].clone()
+    if ctx.rank != 1:
+        dist.send(torch.ones(1), 1, group=ctx.group)
+        control.wait = real
+    for work in works:
+        real(work)
+    late = backend.replay(x * 2, plan)[0]
+    return torch.equal(early, routed.x * 2), torch.equal(late, routed.x * 2)
+
+
+def test_a_skipped_wait_is_found(ranks: Ranks) -> None:
+    assert ranks(3, skip_a_wait) == [(False, True), (True, True), (False, True)]
