@@ -221,7 +221,8 @@ def plan_send_per_rank(in_rank: Tensor, send_counts: list[int], topk_idx: Tensor
         place = slot.gather(1, rank) * top_k + torch.arange(top_k, device=in_rank.device)
         choice_pos = torch.where(topk_idx >= 0, place, -1).flatten()
     return SendPlan(
-        send_src=pairs[:, 1].contiguous(),
+        # Already contiguous on a CPU, where it would keep both columns alive.
+        send_src=pairs[:, 1].clone(),
         send_counts=send_counts,
         choice_pos=choice_pos,
         token_rows=slot[in_rank],
