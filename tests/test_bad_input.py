@@ -252,6 +252,8 @@ CONSTRUCTION_FAULTS = {
     "slab without size": ({"layout": "slab"}, r"max_tokens_per_rank"),
     "dtype": ({"dtype": torch.int8}, r"dtype=torch\.int8"),
     "backend": ({"backend": "nccl"}, r"backend='nccl'.*torch"),
+    "timeout": ({"timeout_s": 0}, r"timeout_s=0"),
+    "num_sms": ({"num_sms": 5}, r"num_sms=5.*even"),
     "expert_map": ({"expert_map": torch.tensor([[9]])}, r"expert_map"),
 }
 
@@ -290,5 +292,6 @@ def test_cuda_without_a_gpu_says_how_to_get_it(ranks: Ranks) -> None:
 
 
 def test_group_must_be_a_group() -> None:
+    assert moe_ep.TokenDispatcher(None, num_experts=4, hidden_size=8, top_k=2).group is None
     with pytest.raises(ValueError, match="group"):
         moe_ep.TokenDispatcher("world", num_experts=4, hidden_size=8, top_k=2)
