@@ -1,0 +1,140 @@
+"""The operators of moe_ep:: under torch.compile, and what torch demands of operators."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import moe_ep
+from moe_ep.backends.control import ControlPlane
+from moe_ep.config import Capacity
+from moe_ep.handle import NUM_PLAN_TENSORS
+from moe_ep.testing import RankContext
+from tests.checks import Case
+from tests.sharded import (
+    EXACT,
+    MODES,
+    Leaves,
+    Ranks,
+    check_grads,
+    make_case,
+    make_leaves,
+    probe,
+    run_layer,
+    unsharded,
+)
+
+ROOM = {"max_tokens_per_rank": 12}
+COMPILED = {
+    **{mode: MODES[mode] for mode in ("expanded", "compact", "slab", "slab, experts")},
+    "rows": {"capacity": Capacity(rows=64), **ROOM},
+    "per expert": {"capacity": Capacity(per_expert=20), "alignment": 4, **ROOM},
+    "factor": {"capacity": Capacity(factor=8.0), "weights": "experts", **ROOM},
+    "compact rows": {"capacity": Capacity(rows=64), **MODES["compact"]},
+}
+# Tokens of each rank, step after step: other sizes, an empty rank, one token.
+STEPS = {1: [(6,), (4,), (9,), (0,), (1,)], 2: [(6, 3), (4, 7), (0, 5), (9, 1)]}
+
+
+def compile_layer(case: Case, dispatcher: moe_ep.TokenDispatcher, backend: object) -> Callable[..., Tensor]:
+    def layer(x: Tensor, topk_weights: Tensor, matrices: Tensor, topk_idx: Tensor) -> Tensor:
+        return run_layer(case, dispatcher, Leaves(x, topk_weights, matrices), topk_idx)
+
+    return torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+
+
+def run_steps(rank: int, group: object, num_ranks: int, mode: str, backend: str) -> int:
+    """Forward and backward with changing token counts; returns how often something was compiled."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    run = dispatcher = None
+    for seed, tokens in enumerate(STEPS[num_ranks]):
+        case = make_case(num_ranks, tokens=tokens, seed=seed, **COMPILED[mode])
+        dispatcher = dispatcher or case.dispatcher(group, timeout_s=90)
+        run = run or compile_layer(case, dispatcher, counter)
+        outs, grads = unsharded(case)
+        leaves = make_leaves(case, rank)
+        before = dispatcher.stats()["exchanges"]
+        out = run(*leaves, case.routing(rank)[0])
+        torch.testing.assert_close(out, outs[rank], **EXACT)
+        (out * probe(case, rank)).sum().backward()
+        check_grads(leaves.grads(), grads[rank])
+        assert dispatcher.stats()["exchanges"] == before + 4
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("mode", [mode for mode in COMPILED if mode != "slab, experts"])
+def test_compiles_into_one_graph_without_a_group(mode: str) -> None:
+    # Sizes 0 and 1 are special to the compiler; the others share one graph.
+    assert run_steps(0, None, 1, mode, "aot_eager") <= 3
+
+
+def compile_on_ranks(ctx: RankContext, mode: str) -> int:
+    return run_steps(ctx.rank, ctx.group, ctx.world_size, mode, "aot_eager")
+
+
+@pytest.mark.parametrize("mode", ["expanded", "compact", "slab, experts", "per expert"])
+def test_compiles_into_one_graph_on_two_ranks(ranks: Ranks, mode: str) -> None:
+    assert all(count <= 3 for count in ranks(2, compile_on_ranks, mode, timeout=120))
+
+
+def test_inductor() -> None:
+    assert run_steps(0, None, 1, "expanded", "inductor") <= 3
+
+
+def test_selective_checkpoint_in_a_compiled_graph() -> None:
+    torch._dynamo.reset()
+    case = make_case(1)
+    dispatcher, leaves, topk_idx = case.dispatcher(None), make_leaves(case, 0), case.routing(0)[0]
+    saved = [torch.ops.moe_ep.dispatch.default, torch.ops.moe_ep.combine.default]
+
+    def contexts() -> tuple:
+        return create_selective_checkpoint_contexts(saved)
+
+    def layer(x: Tensor, topk_weights: Tensor, matrices: Tensor) -> Tensor:
+        return run_layer(case, dispatcher, Leaves(x, topk_weights, matrices), topk_idx)
+
+    def block(x: Tensor, topk_weights: Tensor, matrices: Tensor) -> Tensor:
+        return checkpoint(layer, x, topk_weights, matrices, use_reentrant=False, context_fn=contexts)
+
+    out = torch.compile(block, backend="aot_eager", fullgraph=True)(*leaves)
+    out.backward(probe(case, 0))
+    assert dispatcher.stats()["exchanges"] == 4
+    check_grads(leaves.grads(), unsharded(case)[1][0])
+
+
+def operator_inputs(mode: str, name: str) -> tuple:
+    """Arguments of one operator, from a real exchange."""
+    case = make_case(1, **COMPILED[mode])
+    dispatcher = case.dispatcher(None)
+    x, topk_weights = case.x(0), case.routing(0)[1]
+    topk_idx = case.routing(0)[0]
+    KEPT.append(dispatcher)
+    anchor, number = torch.zeros((), requires_grad=True), dispatcher._exchanger.id
+    if name == "dispatch":
+        return x.requires_grad_(), topk_idx, topk_weights.requires_grad_(), anchor, number
+    rows, weights, _, tensors = torch.ops.moe_ep.dispatch(x, topk_idx, topk_weights, anchor.detach(), number)
+    plan = tensors[:NUM_PLAN_TENSORS]
+    rows, weights = rows.detach().nan_to_num(), weights.detach().nan_to_num()
+    if name == "combine":
+        given = weights.requires_grad_() if case.weights == "combine" else None
+        return rows.requires_grad_(), given, plan, anchor, number
+    if name == "dispatch_replay":
+        return x.detach(), plan, rows.shape[0], number
+    return rows, weights, plan, number
+
+
+# Operators name their dispatcher by number and do not keep it alive.
+KEPT: list[moe_ep.TokenDispatcher] = []
+
+
+@pytest.mark.parametrize("name", ["dispatch", "combine", "dispatch_replay", "combine_grads"])
+@pytest.mark.parametrize("mode", ["expanded", "compact", "per expert"])
+def test_operators_pass_opcheck(mode: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A plan holds the number of its exchange, the one thing in which two calls differ.
+    monkeypatch.setattr(ControlPlane, "seq", property(lambda self: 7, lambda self, value: None), raising=False)
+    opcheck(getattr(torch.ops.moe_ep, name).default, operator_inputs(mode, name))
