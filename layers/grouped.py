@@ -65,7 +65,7 @@ def _multiply(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> t
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            torch.mm(rows[start:end], weight[expert], out=out[start:end])
+            out[start:end] = rows[start:end] @ weight[expert]
         start = end
     return out
 
@@ -77,7 +77,7 @@ def _gradient(grad: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> tor
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            torch.mm(grad[start:end].t(), rows[start:end], out=out[expert])
+            out[expert] = grad[start:end].t() @ rows[start:end]
         start = end
     return out
 

@@ -245,7 +245,8 @@ class MoELayer(nn.Module):
         out = self.dispatcher.combine(self._experts(routed, weights), routed.handle, self._combine_weights(routed))
         return out if self.shared_expert is None else out + self.shared_expert(tokens)
 
-    @torch.compiler.disable
+    # NOTE: torch.compiler.disable would load the compiler, and set its environment variables, at import.
+    @torch._disable_dynamo
     def _pipelined(
         self, tokens: torch.Tensor, routing: Routing, weights: ExpertWeights, dtype: torch.dtype
     ) -> torch.Tensor:

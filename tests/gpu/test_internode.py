@@ -52,7 +52,11 @@ def run_ranks(num_ranks: int) -> None:
     ]
     try:
         unique_id = processes[0].stdout.readline()
-        outcomes = [process.communicate(unique_id, timeout=120) for process in processes]
+        # Every rank has the id before anybody is waited for: none goes on without all.
+        for process in processes:
+            process.stdin.write(unique_id)
+            process.stdin.flush()
+        outcomes = [process.communicate(timeout=60) for process in processes]
     finally:
         for process in processes:
             process.kill()
