@@ -452,7 +452,8 @@ class TokenDispatcher(nn.Module):
 
     def _cast(self, x: Tensor) -> Tensor:
         """Rows in the autocast dtype where autocast is on."""
-        if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        # NOTE: asking about autocast on meta raises; such rows are refused later, by name.
+        if not isinstance(x, Tensor) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return x
         dtype = torch.get_autocast_dtype(x.device.type)
         if not torch.compiler.is_compiling():
