@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moe_ep
-from moe_ep.errors import NotBuiltError, PeerAbortedError
+from moe_ep.errors import NotBuiltError, PeerAbortedError, StaleHandleError
 from moe_ep.testing import RankContext
 from tests.checks import Case, round_trip
 
@@ -137,6 +137,8 @@ def test_bad_dispatch_without_a_group(fault: str) -> None:
 
 
 COMBINE_FAULTS = {
+    "y elsewhere": r"y is on meta but the handle was made on cpu",
+    "y no tensor": r"y is list.*tensor",
     "weights missing": r"weights are missing.*routed\.weights",
     "weights of another shape": r"weights has shape",
     "weights fp64": r"weights.*torch\.float64.*torch\.float32",
@@ -160,6 +162,10 @@ def combine_badly(ctx: RankContext, fault: str, bad_rank: int) -> Exception | No
             weights = weights.double()
         elif fault == "rows missing":
             y = y[1:]
+        elif fault == "y elsewhere":
+            y = y.to("meta")
+        elif fault == "y no tensor":
+            y = y.tolist()
         elif fault == "y fp64":
             y = y.double()
         elif fault == "y strided":
@@ -169,7 +175,7 @@ def combine_badly(ctx: RankContext, fault: str, bad_rank: int) -> Exception | No
     caught = None
     try:
         dispatcher.combine(y, handle, weights)
-    except (ValueError, PeerAbortedError) as error:
+    except (ValueError, StaleHandleError, PeerAbortedError) as error:
         caught = error
     round_trip(ctx, CASE, dispatcher)
     return caught
@@ -178,12 +184,13 @@ def combine_badly(ctx: RankContext, fault: str, bad_rank: int) -> Exception | No
 @pytest.mark.parametrize("fault", COMBINE_FAULTS)
 def test_bad_combine_on_one_rank_ends_all(ranks: Ranks, fault: str) -> None:
     results = ranks(3, combine_badly, fault, 0)
-    with pytest.raises(ValueError, match=COMBINE_FAULTS[fault]):
+    kind = StaleHandleError if fault == "y elsewhere" else ValueError
+    with pytest.raises(kind, match=COMBINE_FAULTS[fault]):
         raise results[0]
     for error in results[1:]:
         assert isinstance(error, PeerAbortedError)
         assert error.rank == 0
-        assert error.reason == f"ValueError: {results[0]}"
+        assert error.reason == f"{kind.__name__}: {results[0]}"
 
 
 def superfluous_weights(ctx: RankContext) -> str:
