@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from moe_ep.cli.bench.registry import find_measurement, measure
 from moe_ep.cli.bench.report import (
     COLUMNS,
     build_report,
+    default_path,
     describe_machine,
     machine_slug,
     markdown_report,
@@ -299,6 +301,14 @@ def test_report_round_trip(tmp_path, capsys):
     assert "| dispatch_combine | 2 | 256 |" in markdown_report(report)
     print_report(report)
     assert "0.600 .. 0.650" in capsys.readouterr().out
+
+
+def test_results_lie_with_the_benchmarks_in_the_source_tree(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = build_report([])
+    assert default_path(report, ".json").parent == Path(".")
+    (tmp_path / "benchmarks").mkdir()
+    assert default_path(report, ".json").parent == Path("benchmarks/results")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}'])

@@ -60,10 +60,9 @@ def build_report(rows: Sequence[dict]) -> dict:
 
 
 def default_path(report: dict, suffix: str) -> Path:
-    """``benchmarks/results/DATE-machine`` where that folder exists, else the same name in the working folder."""
-    folder = Path("benchmarks/results")
+    """``benchmarks/results/DATE-machine`` in the source tree, the same name in any other working folder."""
     name = f"{report['date']}-{machine_slug(report['machine'])}{suffix}"
-    return folder / name if folder.is_dir() else Path(name)
+    return Path("benchmarks/results", name) if Path("benchmarks").is_dir() else Path(name)
 
 
 def write_json(report: dict, path: Path) -> None:
