@@ -61,9 +61,6 @@ def make_row(**changes):
     return row | changes
 
 
-# statistics
-
-
 def test_interval_of_equal_values_is_that_value():
     interval = median_interval([1.5] * 9)
     assert (interval.low, interval.median, interval.high) == (1.5, 1.5, 1.5)
@@ -97,9 +94,6 @@ def test_interval_refuses(values, level):
         median_interval(values, level=level)
 
 
-# cases
-
-
 @pytest.mark.parametrize("text", ["1024:8", "a:b:c", "0:1:1", "16:-1:2", "16:4:2"])
 def test_shape_refuses(text):
     with pytest.raises(ValueError, match="shape="):
@@ -109,9 +103,6 @@ def test_shape_refuses(text):
 def test_cases_refuse_experts_that_ranks_do_not_divide():
     with pytest.raises(ValueError, match="experts=12.*ranks=5"):
         list(exchange_cases(5, [8], [Shape.parse("16:2:12")], dtype="float32", routing="uniform"))
-
-
-# the baseline, against sums written out
 
 
 def exchange_by_baseline(ctx, kind, tokens, experts, top_k):
@@ -143,9 +134,6 @@ def test_baseline_is_right(ranks, num_ranks, kind):
         assert torch.equal(rows, torch.cat(wanted))
 
 
-# timing
-
-
 def test_pairs_are_interleaved_and_alternate():
     calls = []
 
@@ -166,9 +154,6 @@ def gather(ctx):
 def test_times_of_all_ranks_are_gathered(ranks):
     for gathered in ranks(3, gather):
         assert gathered[:, 0, 0].tolist() == [0.0, 1.0, 2.0]
-
-
-# the measurements
 
 
 def measure_exchange(ctx, case, pairs):
@@ -275,9 +260,6 @@ def test_cuda_without_gpus_is_refused():
         pick_device("cuda", 2)
 
 
-# reports
-
-
 def test_table_marks_missed_targets_and_wrong_results():
     assert table_row(make_row())[-1] == "equal, met"
     assert table_row(make_row(met=False))[-1] == "equal, MISSED"
@@ -322,9 +304,6 @@ def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     write_plot(build_report([make_row(), make_row(ratio_median=1.4, ratio_high=1.6, met=False)]), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-# the command
 
 
 def test_exit_codes():

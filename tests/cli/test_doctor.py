@@ -71,9 +71,6 @@ def test_an_examination_that_fails_is_reported_beside_the_others(monkeypatch):
     assert by_name(findings)["torch"].state == "ok"
 
 
-# extension modules
-
-
 def examine_fake(folder):
     return doctor.examine_extension("fake_package._fake", "speed", "build it", folder)
 
@@ -145,9 +142,6 @@ def test_broken_extension_makes_the_command_fail(monkeypatch, capsys):
     assert "Mend: build it" in out
 
 
-# tools and packages
-
-
 def test_nvshmem_is_found_and_versioned(tmp_path, monkeypatch):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "libnvshmem_host.so.3").write_bytes(b"")
@@ -183,9 +177,6 @@ def test_missing_package_names_its_extra(monkeypatch):
     for finding in doctor.examine_packages():
         assert finding.state == "absent"
         assert "moe_ep[demo]" in finding.remedy
-
-
-# GPUs, as they would look
 
 
 def fake_cuda(monkeypatch, *, count, peers):
@@ -237,9 +228,6 @@ def test_cuda_that_does_not_start(monkeypatch, visible, state):
     finding = by_name(machine.examine_gpus())["GPUs"]
     assert finding.state == state
     assert "too old" in finding.found
-
-
-# tables
 
 
 def test_plain_table_wraps_its_last_column():
