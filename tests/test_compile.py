@@ -82,6 +82,32 @@ def test_compiles_into_one_graph_on_two_ranks(ranks: Ranks, mode: str) -> None:
     assert all(count <= 3 for count in ranks(2, compile_on_ranks, mode, timeout=120))
 
 
+def compile_side_by_side(ctx: RankContext) -> list[int]:
+    """Three layers that do not depend on each other; ranks compile them into different graphs."""
+    torch._dynamo.reset()
+    case = make_case(ctx.world_size, tokens=(6, 1))
+    dispatchers = [case.dispatcher(ctx.group, timeout_s=90) for _ in range(3)]
+    topk_idx = case.routing(ctx.rank)[0]
+
+    def layers(*leaves: Leaves) -> Tensor:
+        pairs = zip(dispatchers, leaves, strict=True)
+        outs = [run_layer(case, dispatcher, own, topk_idx) for dispatcher, own in pairs]
+        # Used in another order than made.
+        return outs[2] + outs[0] - outs[1]
+
+    leaves = [make_leaves(case, ctx.rank) for _ in dispatchers]
+    run = torch.compile(layers, backend="aot_eager", fullgraph=True, dynamic=bool(ctx.rank))
+    run(*leaves).backward(probe(case, ctx.rank))
+    grads = unsharded(case)[1][ctx.rank]
+    for sign, own in zip((1, -1, 1), leaves, strict=True):
+        check_grads([sign * leaf.grad for leaf in own], grads)
+    return [dispatcher.stats()["exchanges"] for dispatcher in dispatchers]
+
+
+def test_independent_layers_keep_their_order_on_all_ranks(ranks: Ranks) -> None:
+    assert ranks(2, compile_side_by_side, timeout=120) == [[4, 4, 4]] * 2
+
+
 def test_inductor() -> None:
     assert run_steps(0, None, 1, "expanded", "inductor") <= 3
 
