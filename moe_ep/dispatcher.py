@@ -19,7 +19,6 @@ from moe_ep.autograd import (
     DispatchExchange,
     DispatchLaunch,
     DispatchWait,
-    extras_of,
 )
 from moe_ep.backends.torch import Counted
 from moe_ep.buffer import Buffer, resolve_group
@@ -27,6 +26,7 @@ from moe_ep.config import Capacity, ExchangeSpec, record_bytes
 from moe_ep.errors import StaleHandleError
 from moe_ep.exchange import Exchanger, HookHandle, PhaseEvent
 from moe_ep.handle import NUM_PLAN_TENSORS, DispatchHandle
+from moe_ep.ops import extras_of
 
 Rows = Tensor | tuple[Tensor, Tensor]
 _LAYER_NUMBERS = itertools.count()
