@@ -299,10 +299,9 @@ def differentiate_twice(ctx: RankContext, part: str, use_async: bool) -> str:
 
 @pytest.mark.parametrize("part", ["layer", "dispatch"])
 def test_differentiating_twice_raises(ranks: Ranks, part: str) -> None:
-    for text in ranks(2, differentiate_twice, part, False):
-        assert "no autograd formula" in text or "not implemented" in text
-    for text in ranks(2, differentiate_twice, part, True):
-        assert "differentiated once" in text
+    for use_async in (False, True):
+        for text in ranks(2, differentiate_twice, part, use_async):
+            assert "differentiated once" in text or "no autograd formula" in text
 
 
 def count_exchanges(ctx: RankContext, use_async: bool) -> list[tuple[int, int, int]]:
