@@ -1,16 +1,11 @@
-"""TokenDispatcher: what arrives where, asynchronous forms, hooks, replays, repeatability."""
+"""TokenDispatcher: what arrives where, asynchronous forms, replays, repeatability."""
 
-import copy
-import dataclasses
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
-import moe_ep
-from moe_ep.errors import MoeEpError, StaleHandleError
+from moe_ep.errors import StaleHandleError
 from moe_ep.testing import RankContext, uneven_tokens
 from tests.checks import (
     Case,
@@ -25,6 +20,7 @@ from tests.checks import (
 
 Ranks = Callable[..., list]
 
+
 KINDS = ("uniform", "zipf", "one", "empty", "holes")
 LAYOUTS = {
     "expanded": {},
@@ -32,12 +28,6 @@ LAYOUTS = {
     "compact": {"layout": "compact", "weights": "experts"},
     "slab": {"layout": "slab", "max_tokens_per_rank": 40},
 }
-PHASES = [
-    f"{prefix}{kind}_{moment}"
-    for prefix in ("", "backward_")
-    for kind in ("dispatch", "combine")
-    for moment in ("launched", "ready")
-]
 
 
 def edge_cases(num_ranks: int, **fields: object) -> list[Case]:
@@ -101,45 +91,6 @@ def test_replicas_are_chosen_by_token_index(ranks: Ranks) -> None:
         for layout in LAYOUTS
     ]
     ranks(2, check_round_trips, cases)
-
-
-def collect_attributes(ctx: RankContext) -> dict:
-    case = Case(tokens=(3, 3), num_experts=6, top_k=2)
-    dispatcher = case.dispatcher(ctx.group, backend="torch")
-    routed = dispatcher.dispatch(case.x(ctx.rank), *case.routing(ctx.rank))
-    names = ("rank", "group_size", "num_experts", "num_local_experts", "hidden_size", "top_k", "dtype", "layout")
-    found = {name: getattr(dispatcher, name) for name in (*names, "weights", "capacity", "backend_name")}
-    found["same group"] = dispatcher.group is ctx.group
-    found["parameters"] = len(list(dispatcher.parameters())) + len(dispatcher.state_dict())
-    found["list"] = routed.tokens_per_expert_list == routed.tokens_per_expert.tolist()
-    found["num_rows"] = int(routed.num_rows) == routed.x.shape[0]
-    found["overflow"], found["scales"] = routed.overflow, routed.scales
-    found["frozen"] = dataclasses.is_dataclass(routed) and type(routed).__dataclass_params__.frozen
-    return found
-
-
-def test_attributes_and_exact_mode(ranks: Ranks) -> None:
-    for rank, found in enumerate(ranks(2, collect_attributes)):
-        assert found == {
-            "rank": rank,
-            "group_size": 2,
-            "num_experts": 6,
-            "num_local_experts": 3,
-            "hidden_size": 8,
-            "top_k": 2,
-            "dtype": torch.float32,
-            "layout": "expanded",
-            "weights": "combine",
-            "capacity": None,
-            "backend_name": "torch",
-            "same group": True,
-            "parameters": 0,
-            "list": True,
-            "num_rows": True,
-            "overflow": None,
-            "scales": None,
-            "frozen": True,
-        }
 
 
 def overlap_many(ctx: RankContext) -> None:
@@ -257,129 +208,6 @@ def test_a_handle_holds_no_payload_and_no_graph(ranks: Ranks) -> None:
     assert ranks(2, handle_contents) == [{"tensors": True, "grad": False, "payload": False}] * 2
 
 
-def record_hooks(ctx: RankContext) -> dict:
-    case = Case(tokens=(5, 0))
-    dispatcher = case.dispatcher(ctx.group)
-    dispatcher.layer = "decoder.3"
-    events: list[moe_ep.PhaseEvent] = []
-    hooks = [dispatcher.register_hook(phase, events.append) for phase in PHASES]
-    x, (topk_idx, topk_weights) = case.x(ctx.rank).requires_grad_(), case.routing(ctx.rank)
-
-    def forward() -> torch.Tensor:
-        routed = dispatcher.dispatch(x, topk_idx, topk_weights)
-        return dispatcher.combine(routed.x, routed.handle, routed.weights)
-
-    forward().sum().backward()
-    full = [event.phase for event in events]
-    sequence = [event.seq for event in events]
-    fields = {(event.layer, event.recompute) for event in events}
-    events.clear()
-    hooks[0].remove()
-    forward().sum().backward()
-    removed = [event.phase for event in events]
-    return {"full": full, "sequence": sequence, "fields": fields, "removed": removed}
-
-
-def test_hooks_are_called_on_all_eight_phases_in_order(ranks: Ranks) -> None:
-    order = [
-        "dispatch_launched",
-        "dispatch_ready",
-        "combine_launched",
-        "combine_ready",
-        "backward_combine_launched",
-        "backward_combine_ready",
-        "backward_dispatch_launched",
-        "backward_dispatch_ready",
-    ]
-    for found in ranks(2, record_hooks):
-        assert found["full"] == order
-        assert found["sequence"] == sorted(found["sequence"])
-        assert found["fields"] == {("decoder.3", False)}
-        assert found["removed"] == order[1:]
-
-
-def hooks_around_async(ctx: RankContext) -> list[str]:
-    case = Case(tokens=(5, 4))
-    dispatcher = case.dispatcher(ctx.group)
-    log: list[str] = []
-    for phase in PHASES:
-        dispatcher.register_hook(phase, lambda event: log.append(event.phase))
-    x, (topk_idx, topk_weights) = case.x(ctx.rank), case.routing(ctx.rank)
-    pending = dispatcher.dispatch_async(x, topk_idx, topk_weights)
-    log.append("work beside dispatch")
-    routed = pending.wait()
-    pending = dispatcher.combine_async(routed.x, routed.handle, routed.weights)
-    log.append("work beside combine")
-    pending.wait()
-    return log
-
-
-def test_hooks_show_what_runs_beside_an_exchange(ranks: Ranks) -> None:
-    expected = [
-        "dispatch_launched",
-        "work beside dispatch",
-        "dispatch_ready",
-        "combine_launched",
-        "work beside combine",
-        "combine_ready",
-    ]
-    assert ranks(2, hooks_around_async) == [expected] * 2
-
-
-def hooks_under_checkpoint(ctx: RankContext) -> dict:
-    case = Case(tokens=(5, 4))
-    dispatcher = case.dispatcher(ctx.group)
-    flags: dict[str, list[bool]] = {phase: [] for phase in PHASES}
-    for phase in PHASES:
-        dispatcher.register_hook(phase, lambda event: flags[event.phase].append(event.recompute))
-    topk_idx, topk_weights = case.routing(ctx.rank)
-
-    def block(x: torch.Tensor) -> torch.Tensor:
-        routed = dispatcher.dispatch(x, topk_idx, topk_weights)
-        return dispatcher.combine(routed.x * 2, routed.handle, routed.weights)
-
-    x = case.x(ctx.rank).requires_grad_()
-    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
-    return flags
-
-
-def test_hooks_know_a_recomputed_forward(ranks: Ranks) -> None:
-    for flags in ranks(2, hooks_under_checkpoint):
-        assert flags["dispatch_launched"] == flags["dispatch_ready"] == [False, True]
-        # The recomputation may stop as soon as everything that backward needs is there.
-        assert flags["combine_launched"][0] is False
-        assert flags["backward_dispatch_launched"] == flags["backward_combine_launched"] == [False]
-
-
-def raise_in_hook(ctx: RankContext) -> list[str]:
-    case = Case(tokens=(2, 2))
-    dispatcher = case.dispatcher(ctx.new_group())
-    texts = []
-
-    def complain(event: object) -> None:
-        raise KeyError(f"said by the hook at {event.phase}")
-
-    hook = dispatcher.register_hook("dispatch_ready", complain)
-    try:
-        dispatcher.dispatch(case.x(ctx.rank), *case.routing(ctx.rank))
-    except KeyError as error:
-        texts.append(str(error))
-    hook.remove()
-    round_trip(ctx, case, dispatcher)
-    try:
-        dispatcher.register_hook("dispatch_done", complain)
-    except ValueError as error:
-        texts.append(str(error))
-    return texts
-
-
-def test_what_a_hook_raises_is_raised_there(ranks: Ranks) -> None:
-    for first, second in ranks(2, raise_in_hook):
-        assert "said by the hook at dispatch_ready" in first
-        assert "dispatch_done" in second
-        assert "dispatch_launched" in second
-
-
 def check_stale(ctx: RankContext) -> dict[str, str]:
     case = Case(tokens=(3, 4))
     group = ctx.new_group()
@@ -423,150 +251,6 @@ def test_handle_from_before_a_reset_is_refused(ranks: Ranks) -> None:
     for is_module, text in ranks(2, check_reset):
         assert is_module
         assert "reset" in text
-
-
-def copy_and_reattach(ctx: RankContext) -> str:
-    case = Case(tokens=(3, 4))
-    dispatcher = case.dispatcher(ctx.group)
-    clone = copy.deepcopy(dispatcher)
-    text = ""
-    if clone.group is None:
-        try:
-            clone.dispatch(case.x(ctx.rank), *case.routing(ctx.rank))
-        except (MoeEpError, ValueError) as error:
-            text = str(error)
-    clone.set_group(ctx.group)
-    round_trip(ctx, case, clone)
-    round_trip(ctx, case, dispatcher)
-    return text
-
-
-def test_a_copy_works_once_its_group_is_set(ranks: Ranks) -> None:
-    ranks(2, copy_and_reattach)
-
-
-def reports(ctx: RankContext, case: Case) -> tuple[dict, dict]:
-    dispatcher = case.dispatcher(ctx.group)
-    before = dispatcher.memory_report(max_tokens_per_rank=100)
-    round_trip(ctx, case, dispatcher)
-    round_trip(ctx, case, dispatcher)
-    assert dispatcher.memory_report(max_tokens_per_rank=100) == before
-    return dispatcher.stats(), before
-
-
-def test_reports(ranks: Ranks) -> None:
-    case = Case(tokens=(6, 4), kind="zipf")
-    for rank, (stats, memory) in enumerate(ranks(2, reports, case)):
-        assert stats["exchanges"] == 4
-        assert stats["tokens_per_expert"].tolist() == [2 * n for n in case.expected().ranks[rank].tokens_per_expert]
-        assert stats["wait_seconds"] >= 0
-        assert memory["arena_bytes"] == 0
-        # 100 tokens of 32 bytes go to each of two ranks at least.
-        assert memory["exchange_bytes"] > 100 * 32 * 2
-
-
-def exchange_in_subgroups(ctx: RankContext) -> None:
-    # Ranks 0 and 3 have made more groups than 1 and 2: nothing may follow from how many a process has.
-    ctx.new_group([0, 3])
-    halves = [ctx.new_group([0, 2]), ctx.new_group([3, 1])]
-    members = [[0, 2], [1, 3]]
-    mine = 0 if halves[0] is not None else 1
-    place = members[mine].index(ctx.rank)
-    case = Case(tokens=(5, 6), kind="holes", seed=mine)
-    # Both halves exchange at the same time, and one of them makes a second Buffer.
-    dispatcher = case.dispatcher(halves[mine])
-    assert (dispatcher.rank, dispatcher.group_size) == (place, 2)
-    round_trip(RankContext(place, 2, halves[mine]), case, dispatcher)
-    if mine == 0:
-        own = moe_ep.Buffer(halves[0])
-        round_trip(RankContext(place, 2, halves[0]), case, case.dispatcher(halves[0], buffer=own))
-        with pytest.raises(ValueError, match="buffer belongs to another group"):
-            case.dispatcher(halves[0], buffer=moe_ep.Buffer(None))
-
-
-def test_groups_that_are_parts_of_the_world(ranks: Ranks) -> None:
-    ranks(4, exchange_in_subgroups)
-
-
-def exchange_over_meshes(ctx: RankContext) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
-    place = ctx.rank % 2
-    case = Case(tokens=(5, 6), kind="holes", seed=ctx.rank // 2)
-    dispatcher = case.dispatcher(mesh["ep"])
-    assert dispatcher.group is mesh["ep"].get_group()
-    round_trip(RankContext(place, 2, dispatcher.group), case, dispatcher)
-    with pytest.raises(ValueError, match="2 dimensions"):
-        case.dispatcher(mesh)
-
-
-def test_device_meshes(ranks: Ranks) -> None:
-    ranks(4, exchange_over_meshes)
-
-
-def fp8_pairs(ctx: RankContext, case: Case) -> None:
-    def quantized(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scales = torch.rand(case.tokens[rank], 2, generator=torch.Generator().manual_seed(rank))
-        return case.x(rank).to(torch.float8_e4m3fn), scales.t().contiguous().t()
-
-    dispatcher = case.dispatcher(ctx.group)
-    routed = dispatcher.dispatch(quantized(ctx.rank), *case.routing(ctx.rank))
-    mine = case.expected().ranks[ctx.rank]
-    everyone = [quantized(rank) for rank in range(case.num_ranks)]
-    assert (routed.x.dtype, routed.scales.dtype) == (torch.float8_e4m3fn, torch.float32)
-    rows, scales = flat_rows(routed).view(torch.uint8), routed.scales.reshape(-1, 2)
-    for row, (source, token, _) in mine.rows.items():
-        assert torch.equal(rows[row], everyone[source][0][token].view(torch.uint8))
-        assert torch.equal(scales[row], everyone[source][1][token])
-    assert not rows[mine.padding].any()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [{"num_experts": 6, "top_k": 4}, {"num_experts": 2, "top_k": 1}], ids=str)
-def test_fp8_rows_travel_with_their_scales(ranks: Ranks, layout: str, shape: dict) -> None:
-    case = Case(tokens=(5, 7), hidden_size=256, dtype=torch.bfloat16, kind="holes", **shape, **LAYOUTS[layout])
-    ranks(2, fp8_pairs, case)
-
-
-def cast_on_the_wire(ctx: RankContext, case: Case) -> None:
-    dispatcher = case.dispatcher(ctx.group, wire_dtype=torch.float8_e4m3fn)
-    x = case.x(ctx.rank).requires_grad_()
-    topk_idx, topk_weights = case.routing(ctx.rank)
-    routed = dispatcher.dispatch(x, topk_idx, topk_weights)
-    assert routed.x.dtype == case.dtype
-    assert routed.scales is None
-    for row, (source, token, _) in case.expected().ranks[ctx.rank].rows.items():
-        sent, groups = case.x(source)[token].float(), routed.x[row].detach().float().view(-1, 128)
-        # e4m3 keeps 3 bits behind the point: half a unit is 2^-4 of the value, or 2^-10 of the scale near zero, where
-        # scale = amax / 448; the result is rounded to bf16 once more.
-        amax = sent.view(-1, 128).abs().amax(1, keepdim=True)
-        bound = (2.0**-4 + 2.0**-8) * sent.view(-1, 128).abs() + 2.0**-10 * amax / 448
-        assert bool(((groups - sent.view(-1, 128)).abs() <= bound).all())
-    # Straight through: the gradient is that of an exchange without a cast.
-    dispatcher.combine(routed.x, routed.handle, routed.weights).sum().backward()
-    weights = (topk_weights * (topk_idx >= 0)).sum(1, keepdim=True)
-    # Partial sums are rounded to bf16 per rank and once more in the end, and each term is of one sign.
-    torch.testing.assert_close(x.grad.float(), weights.expand_as(x), rtol=2 * 2.0**-8 * 1.01, atol=0)
-
-
-@pytest.mark.parametrize("shape", [{"num_experts": 6, "top_k": 4}, {"num_experts": 2, "top_k": 1}], ids=str)
-def test_rows_may_be_cast_for_the_wire(ranks: Ranks, shape: dict) -> None:
-    case = Case(tokens=(5, 7), hidden_size=256, dtype=torch.bfloat16, kind="holes", **shape)
-    ranks(2, cast_on_the_wire, case)
-
-
-def read_timeouts(ctx: RankContext) -> list[float]:
-    timeouts = [moe_ep.Buffer(ctx.new_group()).timeout_s]
-    os.environ["MOE_EP_TIMEOUT_S"] = "7"
-    try:
-        timeouts.append(moe_ep.Buffer(ctx.new_group()).timeout_s)
-        timeouts.append(moe_ep.Buffer(ctx.new_group(), timeout_s=3).timeout_s)
-    finally:
-        del os.environ["MOE_EP_TIMEOUT_S"]
-    return timeouts
-
-
-def test_timeouts_come_from_argument_environment_default(ranks: Ranks) -> None:
-    assert ranks(2, read_timeouts) == [[600.0, 7.0, 3.0]] * 2
 
 
 def plant(ctx: RankContext, fault: str) -> str:

@@ -1,0 +1,196 @@
+"""Buffer: wrong arguments on one rank, stale handles, ranks that differ, grants that are too small."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moe_ep import Buffer
+from moe_ep.errors import (
+    ExchangeMismatchError,
+    MoeEpError,
+    PeerAbortedError,
+    StaleHandleError,
+)
+from moe_ep.testing import RankContext
+from tests.buffer_checks import check_received, exchange_with, layout_of, make_case, visits
+
+Ranks = Callable[..., list]
+
+
+def dispatch_badly(ctx: RankContext, fault: str) -> Exception | None:
+    case = make_case(2, tokens=(4, 4))
+    group = ctx.new_group()
+    buffer = Buffer(group, timeout_s=20)
+    topk_idx, topk_weights = case.routing(ctx.rank)
+    arguments: dict = {"x": case.x(ctx.rank), "topk_idx": topk_idx, "topk_weights": topk_weights}
+    arguments |= layout_of(buffer, case, ctx.rank)
+    if ctx.rank == 1:
+        if fault == "x strided":
+            arguments["x"] = arguments["x"].t().contiguous().t()
+        elif fault == "x int":
+            arguments["x"] = arguments["x"].int()
+        elif fault == "odd rows":
+            arguments["x"] = arguments["x"][:, :3].contiguous()
+        elif fault == "ids int32":
+            arguments["topk_idx"] = topk_idx.int()
+        elif fault == "layout missing":
+            arguments["is_token_in_rank"] = None
+        elif fault == "layout of other tokens":
+            arguments["is_token_in_rank"] = ~arguments["is_token_in_rank"]
+        elif fault == "weights without ids":
+            arguments["topk_idx"] = None
+        elif fault == "alignment":
+            arguments["expert_alignment"] = 0
+        elif fault == "flags":
+            arguments["allocate_on_comm_stream"] = True
+    caught: Exception | None = None
+    try:
+        buffer.dispatch(**arguments)
+    except (ValueError, MoeEpError) as error:
+        caught = error
+    # Nothing is lost.
+    x = case.x(ctx.rank)
+    recv_x, *_, handle, _ = buffer.dispatch(x, **layout_of(buffer, case, ctx.rank), topk_idx=topk_idx)
+    check_received(case, case.expected().ranks[ctx.rank], recv_x, handle)
+    return caught
+
+
+DISPATCH_FAULTS = {
+    "x strided": r"x has strides.*contiguous",
+    "x int": r"x has dtype torch\.int32",
+    "odd rows": r"x\.shape\[1\]=3.*16 bytes",
+    "ids int32": r"topk_idx.*torch\.int32.*torch\.int64",
+    "layout missing": r"is_token_in_rank is NoneType",
+    "layout of other tokens": r"is_token_in_rank",
+    "weights without ids": r"topk_weights.*topk_idx",
+    "alignment": r"expert_alignment=0",
+    "flags": r"allocate_on_comm_stream=True needs",
+}
+
+
+@pytest.mark.parametrize("fault", DISPATCH_FAULTS)
+def test_bad_dispatch_on_one_rank_ends_all(ranks: Ranks, fault: str) -> None:
+    first, second = ranks(2, dispatch_badly, fault)
+    with pytest.raises(ValueError, match=DISPATCH_FAULTS[fault]):
+        raise second
+    assert isinstance(first, PeerAbortedError)
+    assert (first.rank, first.reason) == (1, f"ValueError: {second}")
+
+
+def combine_badly(ctx: RankContext, fault: str) -> Exception | None:
+    case = make_case(2, tokens=(4, 4))
+    group = ctx.new_group()
+    buffer, other = Buffer(group, timeout_s=20), Buffer(group, timeout_s=20)
+    x, (topk_idx, topk_weights) = case.x(ctx.rank), case.routing(ctx.rank)
+    layout = layout_of(buffer, case, ctx.rank)
+    recv_x, *_, handle, _ = buffer.dispatch(x, **layout, topk_idx=topk_idx, topk_weights=topk_weights)
+    elsewhere = other.dispatch(x, **layout, topk_idx=topk_idx)[4]
+    arguments: dict = {"x": recv_x, "handle": handle}
+    if ctx.rank == 1:
+        if fault == "rows missing":
+            arguments["x"] = recv_x[1:]
+        elif fault == "no handle":
+            arguments["handle"] = None
+        elif fault == "handle of another buffer":
+            arguments["handle"] = elsewhere
+        elif fault == "three biases":
+            arguments["bias"] = (x, x, x)
+        elif fault == "bias of another shape":
+            arguments["bias"] = x[1:]
+        elif fault == "weights of another shape":
+            arguments["topk_weights"] = topk_weights.new_empty(recv_x.shape[0] + 1, 3)
+    caught: Exception | None = None
+    try:
+        buffer.combine(**arguments)
+    except (ValueError, MoeEpError) as error:
+        caught = error
+    combined = buffer.combine(recv_x, handle)[0]
+    assert torch.equal(combined, (x.double() * visits(case, ctx.rank)).to(case.dtype))
+    return caught
+
+
+COMBINE_FAULTS = {
+    "rows missing": (ValueError, r"x has shape"),
+    "no handle": (ValueError, r"handle is NoneType"),
+    "handle of another buffer": (StaleHandleError, r"another Buffer"),
+    "three biases": (ValueError, r"bias has 3"),
+    "bias of another shape": (ValueError, r"bias has shape"),
+    "weights of another shape": (ValueError, r"topk_weights has shape"),
+}
+
+
+@pytest.mark.parametrize("fault", COMBINE_FAULTS)
+def test_bad_combine_on_one_rank_ends_all(ranks: Ranks, fault: str) -> None:
+    first, second = ranks(2, combine_badly, fault)
+    kind, text = COMBINE_FAULTS[fault]
+    with pytest.raises(kind, match=text):
+        raise second
+    assert isinstance(first, PeerAbortedError)
+    assert first.rank == 1
+
+
+def replay_badly(ctx: RankContext) -> list[str]:
+    case = make_case(2, tokens=(4, 4))
+    buffer = Buffer(ctx.new_group(), timeout_s=20)
+    x, topk_idx = case.x(ctx.rank), case.routing(ctx.rank)[0]
+    layout = layout_of(buffer, case, ctx.rank)
+    handle = buffer.dispatch(x, **layout, topk_idx=topk_idx)[4]
+    texts = []
+    for wrong in ({"x": x, "topk_idx": topk_idx}, {"x": x, **layout}, {"x": x[1:]}):
+        with pytest.raises(ValueError, match=r".") as caught:
+            buffer.dispatch(**wrong, handle=handle)
+        texts.append(str(caught.value))
+    buffer.reset()
+    with pytest.raises(StaleHandleError) as stale:
+        buffer.dispatch(x, handle=handle)
+    return [*texts, str(stale.value)]
+
+
+def test_bad_replays(ranks: Ranks) -> None:
+    for both, layout, rows, stale in ranks(2, replay_badly):
+        assert "handle was given together" in both
+        assert "handle was given together" in layout
+        assert "x has shape [3, 8]" in rows
+        assert "reset()" in stale
+
+
+def mismatched_rows(ctx: RankContext, what: str) -> str:
+    case = make_case(2, tokens=(4, 4), hidden_size=16)
+    buffer = Buffer(ctx.new_group(), timeout_s=20)
+    x, (topk_idx, topk_weights) = case.x(ctx.rank), case.routing(ctx.rank)
+    layout = layout_of(buffer, case, ctx.rank)
+    weights = topk_weights
+    if ctx.rank == 1:
+        x = x[:, :8].contiguous() if what == "H" else x.double() if what == "dtype" else x
+        weights = None if what == "weights" else weights.double() if what == "dtype" else weights
+    try:
+        buffer.dispatch(x, **layout, topk_idx=topk_idx, topk_weights=weights)
+    except ExchangeMismatchError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize("what", ["H", "dtype", "weights"])
+def test_ranks_that_differ_find_out_before_rows_move(ranks: Ranks, what: str) -> None:
+    for text in ranks(2, mismatched_rows, what):
+        assert "different exchanges" in text
+
+
+def small_grant(ctx: RankContext) -> tuple[str, str]:
+    buffer = Buffer(ctx.new_group(), num_nvl_bytes=1024)
+    with pytest.raises(ValueError, match="num_nvl_bytes=1024.*at least") as caught:
+        exchange_with(buffer, ctx)
+    need = int(str(caught.value).split("at least ")[1].split()[0])
+    exchange_with(Buffer(ctx.new_group(), num_nvl_bytes=need), ctx)
+    try:
+        Buffer(ctx.new_group(), num_nvl_bytes=2048 if ctx.rank else 4096)
+    except ExchangeMismatchError as error:
+        return str(caught.value), str(error)
+    return str(caught.value), "accepted"
+
+
+def test_a_grant_that_is_too_small_says_what_is_needed(ranks: Ranks) -> None:
+    for _, mismatch in ranks(2, small_grant):
+        assert "num_nvl_bytes=2048" in mismatch
+        assert "num_nvl_bytes=4096" in mismatch
