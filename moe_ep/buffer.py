@@ -214,7 +214,7 @@ class Buffer(BufferCalls):
         """Make the Buffer usable after a timeout or abort. Collective; handles made before become stale."""
         self.drain()
         self.control.reset()
-        self.backend.max_tokens = 0
+        self.backend.reset()
 
     def reserve(self, max_tokens_per_rank: int, row_bytes: int) -> int:
         """Agree on sizes among all ranks. Collective.
@@ -248,7 +248,7 @@ class Buffer(BufferCalls):
         """
         tokens = max_tokens_per_rank or self.max_tokens_per_rank or self.backend.max_tokens
         return {
-            "arena_bytes": self.num_nvl_bytes + self.num_rdma_bytes,
+            "arena_bytes": self.num_nvl_bytes + self.num_rdma_bytes + self.backend.memory_bytes,
             "exchange_bytes": self._exchange_bytes(tokens, row_bytes),
         }
 

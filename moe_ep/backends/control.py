@@ -121,6 +121,7 @@ class ControlPlane:
         # NOTE: not dist.new_group: it names a group after the number of groups that this process has, and ranks that
         # differ in that would wait for each other, or meet a name that is taken.
         self.group: dist.ProcessGroupGloo | None = None
+        self._sent = torch.zeros(self.size, _BLOCK_WORDS, dtype=torch.int32)
         self.store: dist.Store | None = None
         if self._base_store is not None:
             self.store = dist.PrefixStore(f"{self._number}/{self.incarnation}", self._base_store)
@@ -170,14 +171,14 @@ class ControlPlane:
         if error is not None:
             self._announced = error
             self._put("reason", f"{type(error).__name__}: {error}")
-        block = torch.zeros(_BLOCK_WORDS, dtype=torch.int32)
-        block[:_HEADER_WORDS] = torch.tensor(self._header(call, error, words.numel()), dtype=torch.int32)
         inline = words[: _BLOCK_WORDS - _HEADER_WORDS]
-        block[_HEADER_WORDS : _HEADER_WORDS + inline.numel()] = inline
-        blocks = block.new_empty(self.size, _BLOCK_WORDS)
-        sent = block.repeat(self.size)
+        header = torch.tensor(self._header(call, error, words.numel()), dtype=torch.int32)
+        # What an earlier exchange left behind the words is not read.
+        self._sent[:, :_HEADER_WORDS] = header
+        self._sent[:, _HEADER_WORDS : _HEADER_WORDS + inline.numel()] = inline
+        blocks = torch.empty_like(self._sent)
         splits = [_BLOCK_WORDS] * self.size
-        work = self._all_to_all(blocks.view(-1), sent, splits, splits)
+        work = self._all_to_all(blocks.view(-1), self._sent.view(-1), splits, splits)
         return Opening(self, call, words, error, blocks, work)
 
     def conclude(self, opening: Opening) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_ep.config import FP8_DTYPE
 from moe_ep.handle import PlacePlan, Plan
 
-_HALF_DTYPES = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def reduce_rows(
@@ -27,7 +27,7 @@ def reduce_rows(
         [B, H] in the dtype of ``rows``; zeros where a run is empty.
     """
     dtype = rows.dtype
-    if dtype in _HALF_DTYPES and (weights is not None or bias):
+    if dtype in HALF_DTYPES and (weights is not None or bias):
         rows = rows.float()
     if index.numel():
         if weights is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_ep.backends.control import ControlPlane
 from moe_ep.backends.place import (
+    HALF_DTYPES,
     collect_choices,
     fill_rows,
     identity_places,
@@ -164,6 +165,7 @@ class TorchBackend:
         self.control = control
         self._group = group
         self.max_tokens = 0
+        self._memory: dict[str, Tensor] = {}
 
     # Counts
 
@@ -377,7 +379,7 @@ class TorchBackend:
         meta = None if scales is None else as_words(scales.index_select(0, send.send_src))
         load = self.load(x, send.send_src, send.send_counts, meta)
         ready()
-        received = self.ship(load, plan.recv_counts)
+        received = self.ship(load, plan.recv_counts, keep=meta is None and plan.place.row_src is None)
         rows = self._place(received.buffer, received.index, plan)
         if plan.overflowed:
             poison(rows)
@@ -472,6 +474,10 @@ class TorchBackend:
             assert place.back_rows is not None
             weights = None if row_weights is None else row_weights[place.back_rows]
             return reduce_rows(y, place.back_rows, place.back_offsets, weights)
+        if row_weights is not None and place.back_rows is not None and y.dtype not in HALF_DTYPES:
+            # Runs of one row: gather and product in one pass.
+            each = torch.arange(plan.num_wire, device=y.device)
+            return reduce_rows(y, place.back_rows, each, row_weights[place.back_rows])
         rows = y[: plan.num_wire] if place.back_rows is None else y.index_select(0, place.back_rows)
         if row_weights is None:
             return rows
@@ -502,19 +508,47 @@ class TorchBackend:
             return Load(rows.contiguous(), send_counts, None)
         words = 0 if meta is None else meta.shape[1]
         regions = region_rows(send_counts, words, rows.shape[1] * rows.itemsize)
-        packed = rows.new_empty(sum(regions), rows.shape[1])
+        packed = self._scratch("send", rows, sum(regions))
         pack_rows(packed, rows, index, send_counts, regions, meta)
         return Load(packed, regions, meta)
 
-    def ship(self, load: Load, recv_counts: list[int]) -> Received:
-        """Send a load to every rank in one exchange; ``recv_counts`` are the wire rows that each sends here."""
+    def ship(self, load: Load, recv_counts: list[int], *, keep: bool = False) -> Received:
+        """Send a load to every rank in one exchange.
+
+        Args:
+            load: from :meth:`load`.
+            recv_counts: wire rows that each rank sends here.
+            keep: whether the received rows outlive this exchange; else the next one overwrites them.
+        """
         if self.control.size == 1:
             return Received(load.rows, None, load.meta)
         words = 0 if load.meta is None else load.meta.shape[1]
         regions = region_rows(recv_counts, words, load.rows.shape[1] * load.rows.itemsize)
-        buffer = load.rows.new_empty(sum(regions), load.rows.shape[1])
+        if keep:
+            buffer = load.rows.new_empty(sum(regions), load.rows.shape[1])
+        else:
+            buffer = self._scratch("receive", load.rows, sum(regions))
         self._all_to_all(buffer, load.rows, regions, load.regions)
         return Received(buffer, None, None) if load.meta is None else unpack_rows(buffer, recv_counts, regions, words)
+
+    def _scratch(self, name: str, like: Tensor, num_rows: int) -> Tensor:
+        """[num_rows, W] memory for one exchange at a time, kept between them: fresh pages cost more than the copy."""
+        if like.device.type != "cpu":
+            return like.new_empty(num_rows, like.shape[1])  # torch keeps freed GPU memory by itself
+        num_bytes = num_rows * like.shape[1] * like.itemsize
+        if name not in self._memory or self._memory[name].numel() < num_bytes:
+            self._memory[name] = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory[name][:num_bytes].view(like.dtype).view(num_rows, like.shape[1])
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of wire memory kept between exchanges."""
+        return sum(memory.numel() for memory in self._memory.values())
+
+    def reset(self) -> None:
+        """Forget sizes and memory; an exchange that failed may still be written to the memory."""
+        self.max_tokens = 0
+        self._memory = {}
 
     def _all_to_all(self, out: Tensor, rows: Tensor, out_splits: list[int], splits: list[int]) -> None:
         # Bytes travel: not every torch.distributed backend knows every dtype.
