@@ -226,6 +226,38 @@ def test_a_stale_handle_on_one_rank_ends_all(ranks: Ranks) -> None:
         assert "handle" in error.reason
 
 
+def fail_late(ctx: RankContext) -> tuple[str, str, bool]:
+    """Rank 1 runs out of memory when its payload is out: the others finish that exchange and begin the next."""
+    dispatcher = CASE.dispatcher(ctx.new_group(), timeout_s=30)
+    backend = dispatcher.buffer.backend
+    real = backend.place
+    if ctx.rank == 1:
+
+        def place(*args: object) -> None:
+            real(*args)
+            raise MemoryError("no room for rows")
+
+        backend.place = place
+    x, routing = CASE.x(ctx.rank), CASE.routing(ctx.rank)
+    begin = time.monotonic()
+    try:
+        routed = dispatcher.dispatch(x, *routing)
+        dispatcher.combine(routed.x, routed.handle, routed.weights)
+    except (MemoryError, PeerAbortedError) as error:
+        seconds = time.monotonic() - begin
+        backend.place = real
+        dispatcher.reset()
+        round_trip(ctx, CASE, dispatcher)
+        return type(error).__name__, str(error), seconds < 10
+    return "accepted", "", False
+
+
+def test_a_rank_that_fails_after_its_payload_left_ends_all_at_once(ranks: Ranks) -> None:
+    results = ranks(3, fail_late)
+    assert [kind for kind, _, _ in results] == ["PeerAbortedError", "MemoryError", "PeerAbortedError"]
+    assert all("no room for rows" in text and early for _, text, early in results)
+
+
 def skip_a_wait(ctx: RankContext) -> tuple[bool, bool]:
     """Rank 1 sends only after the others have looked at rows that they did not wait for."""
     dispatcher = CASE.dispatcher(ctx.new_group())

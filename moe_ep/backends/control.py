@@ -313,7 +313,7 @@ class ControlPlane:
         return found
 
     def _listen(self) -> None:
-        """While waiting: has a peer reported trouble with this very exchange, or a later one?"""
+        """While waiting: has a peer reported trouble? Until reset() it takes part in no further exchange."""
         assert self.store is not None
         try:
             if not self.store.add(f"trouble/{self.incarnation}/count", 0):
@@ -322,15 +322,17 @@ class ControlPlane:
         except RuntimeError as failure:
             self._roll_call(f"the group's store does not answer ({failure})")
         self._raise_aborted(records)
-        if any(record["seq"] >= self.seq and record["state"] == "stuck" for record in records.values()):
+        if any(record["state"] == "stuck" for record in records.values()):
             self._roll_call("a peer reported that it is stuck")
 
     def _raise_aborted(self, records: dict[int, dict]) -> None:
         for rank, record in records.items():
-            if record["seq"] == self.seq and record["state"] == "aborted":
-                self.broken = f"rank {rank} aborted exchange {self.seq}"
+            # One that failed after its payload had left lets this exchange end, and is missing from every later one.
+            if record["seq"] <= self.seq and record["state"] == "aborted":
+                self.broken = f"rank {rank} aborted exchange {record['seq']}"
                 raise PeerAbortedError(
-                    f"rank {rank} raised instead of taking part in exchange {self.seq}: {record['reason']}",
+                    f"rank {rank} raised instead of taking part in exchange {self.seq}, or in exchange "
+                    f"{record['seq']} after its payload had left: {record['reason']}",
                     rank=rank,
                     reason=record["reason"],
                 )
