@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.place import identity_places
 from moe_ep.backends.torch import Counted, TorchBackend
-from moe_ep.config import Capacity, Config, ExchangeSpec
-from moe_ep.errors import CapacityError, StaleHandleError
+from moe_ep.config import FP8_DTYPE, Capacity, Config, ExchangeSpec
+from moe_ep.errors import CapacityError, MoeEpError, StaleHandleError
 from moe_ep.events import EventOverlap, Job
 from moe_ep.handle import BufferHandle, Groups, Overflow, Plan
 from moe_ep.plan import count_choices, tokens_in_rank
@@ -153,13 +154,15 @@ class BufferCalls:
             )
             if expert_alignment <= 0:
                 raise ValueError(f"expert_alignment={expert_alignment} must be positive")
-        except ValueError as failure:
+        # Whatever it is: peers wait for this rank's header.
+        except Exception as failure:
             error = failure
         counted = self.run(lambda: self._count(request, error))
         assert request is not None
-        if request.topk_idx is None:
-            return self._dispatch_masked(request, counted, expert_alignment, async_finish)
-        return self._dispatch_chosen(request, counted, expert_alignment, async_finish)
+        with self._announced():
+            if request.topk_idx is None:
+                return self._dispatch_masked(request, counted, expert_alignment, async_finish)
+            return self._dispatch_chosen(request, counted, expert_alignment, async_finish)
 
     def combine(
         self,
@@ -195,22 +198,25 @@ class BufferCalls:
         _wait(previous_event)
         plan, error = self._plan_of(handle)
         biases = () if bias is None else (bias if isinstance(bias, tuple) else (bias,))
+        shapes = ""
         try:
             if error is None:
                 self._check_combine(x, plan, topk_weights, biases)
-        except (ValueError, StaleHandleError) as failure:
+                width = None if topk_weights is None else f"{topk_weights.shape[1]} {topk_weights.dtype}"
+                shapes = f"{x.shape[1]}, {x.dtype}, weights={width}"
+        except Exception as failure:
             error = failure
-        shapes = "" if error is not None else f"{x.shape[1]}, {x.dtype}, weights={topk_weights is not None}"
         self.run(lambda: self._announce("combine", plan, shapes, error))
-        out = x.new_empty(plan.num_tokens, x.shape[1])
-        weights = None if topk_weights is None else topk_weights.new_empty(plan.num_tokens, topk_weights.shape[1])
 
         def run() -> None:
             out.copy_(self.backend.combine(x, None, plan, biases))
             if weights is not None and topk_weights is not None:
                 weights.copy_(self.backend.combine_weights(topk_weights, plan))
 
-        return out, weights, self._finish(run, async_finish, plan.device)
+        with self._announced():
+            out = x.new_empty(plan.num_tokens, x.shape[1])
+            weights = None if topk_weights is None else topk_weights.new_empty(plan.num_tokens, topk_weights.shape[1])
+            return out, weights, self._finish(run, async_finish, plan.device)
 
     # Checks
 
@@ -236,8 +242,8 @@ class BufferCalls:
         topk_weights: Tensor | None,
         num_worst_tokens: int,
     ) -> _Request:
-        rows = x[0] if isinstance(x, tuple) else x
-        check_tensor("x", rows, shape=(None, None))
+        rows = x[0] if isinstance(x, tuple) and x else x
+        rows = check_tensor("x", rows, shape=(None, None))
         check_row_dtype("x", rows)
         self.check_grant(rows.shape[1] * rows.itemsize)
         in_rank = check_tensor(
@@ -259,6 +265,8 @@ class BufferCalls:
             raise ValueError("num_tokens_per_rank differs from the column sums of is_token_in_rank: pass one layout's")
         if topk_idx is None and (topk_weights is not None or num_worst_tokens > 0):
             raise ValueError("topk_weights and num_worst_tokens need topk_idx: pass it as well")
+        if topk_idx is not None:
+            check_tensor("topk_idx", topk_idx, shape=(rows.shape[0], None))
         if num_worst_tokens < 0:
             raise ValueError(f"num_worst_tokens={num_worst_tokens} must not be negative")
         spec = ExchangeSpec(
@@ -283,11 +291,17 @@ class BufferCalls:
     def _check_combine(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, biases: tuple[Tensor, ...]) -> None:
         check_tensor("x", x, shape=(plan.num_rows, None))
         check_row_dtype("x", x)
+        if x.dtype == FP8_DTYPE:
+            raise ValueError(f"x has dtype {x.dtype}; sums are returned in x's dtype: combine bf16 or wider rows")
         if x.device != plan.send.send_src.device:
             raise StaleHandleError(f"x is on {x.device} but the handle was made on {plan.send.send_src.device}")
         if topk_weights is not None:
             check_tensor(
-                "topk_weights", topk_weights, shape=(plan.num_rows, None), dtypes=(torch.float32, torch.float64)
+                "topk_weights",
+                topk_weights,
+                shape=(plan.num_rows, plan.top_k or None),
+                dtypes=(torch.float32, torch.float64),
+                device=x.device,
             )
         if len(biases) > 2:
             raise ValueError(f"bias has {len(biases)} tensors; at most two are added")
@@ -334,7 +348,7 @@ class BufferCalls:
             raise AssertionError("unreachable: open raises the error")
         spec = request.spec
         parts = {"topk": request.topk_idx, "weights": request.topk_weights, "scales": request.scales}
-        carried = ", ".join(f"{name}={value is not None}" for name, value in parts.items())
+        carried = ", ".join(f"{name}={None if value is None else value.dtype}" for name, value in parts.items())
         call = Call.of("dispatch", f"{spec.describe()}, {carried}")
         words = torch.cat(
             [
@@ -402,22 +416,36 @@ class BufferCalls:
         self, x: Rows, handle: BufferHandle, layout: tuple[Tensor | None, ...], async_finish: bool
     ) -> DispatchResult:
         plan, error = self._plan_of(handle)
-        rows, scales = x if isinstance(x, tuple) else (x, None)
+        shapes, request = "", None
         try:
             if any(argument is not None for argument in layout):
                 raise ValueError("handle was given together with layout or topk arguments: pass None for those")
-            check_tensor("x", rows, shape=(plan.num_tokens, None))
-            check_row_dtype("x", rows)
-        except ValueError as failure:
+            if error is None:
+                rows, scales = _check_again(x, plan)
+                request = _Request(rows, scales, None, None, handle.is_token_in_rank, rows, _NO_SPEC)
+                shapes = f"{rows.shape[1]}, {rows.dtype}, scales={None if scales is None else scales.dtype}"
+        except Exception as failure:
             error = failure
-        shapes = "" if error is not None else f"{rows.shape[1]}, {rows.dtype}, scales={scales is not None}"
         self.run(lambda: self._announce("replayed dispatch", plan, shapes, error))
-        request = _Request(rows, scales, None, None, handle.is_token_in_rank, rows, _NO_SPEC)
-        recv = _empty_rows(request, plan.num_rows)
-        event = self._finish(
-            lambda: _copy_rows(recv, *self.backend.replay(rows, plan, scales)), async_finish, plan.device
-        )
-        return recv, None, None, None, None, event
+        assert request is not None
+
+        def run() -> None:
+            _copy_rows(recv, *self.backend.replay(request.rows, plan, request.scales))
+
+        with self._announced():
+            recv = _empty_rows(request, plan.num_rows)
+            return recv, None, None, None, None, self._finish(run, async_finish, plan.device)
+
+    @contextlib.contextmanager
+    def _announced(self) -> Iterator[None]:
+        """Around what follows a header: peers wait for this rank's payload, and are told when it cannot come."""
+        try:
+            yield
+        except MoeEpError:
+            raise
+        except BaseException as error:
+            self.control.abort(error)
+            raise
 
     def _finish(self, run: Callable[[], None], async_finish: bool, device: torch.device) -> EventOverlap:
         # Work for a GPU is issued here in any case: on another thread it would not be ordered with the current stream.
@@ -431,13 +459,15 @@ class BufferCalls:
     ) -> BufferHandle:
         device = source.device
         empty = torch.empty(0, dtype=torch.int32, device=device)
+        prefix = rows_per_rank.cumsum(0).to(device=device, dtype=torch.int32)
         return BufferHandle(
-            rank_prefix_matrix=rows_per_rank.cumsum(0).to(device=device, dtype=torch.int32),
+            rank_prefix_matrix=prefix,
             channel_prefix_matrix=empty,
             recv_channel_prefix_matrix=empty,
             recv_src_idx=source,
             is_token_in_rank=in_rank,
-            send_head=empty,
+            # On several nodes this place, handle[-4], holds the running sum of received rows.
+            send_head=prefix[:, self.rank].contiguous() if self.group_size > self.ranks_per_node else empty,
             num_recv_tokens=torch.tensor(plan.num_wire, dtype=torch.int32, device=device),
             plan=plan,
             groups=groups,
@@ -445,6 +475,17 @@ class BufferCalls:
 
 
 _NO_SPEC = ExchangeSpec(num_experts=1, hidden_size=8, top_k=1, num_ranks=1, dtype=torch.bfloat16)
+
+
+def _check_again(x: Rows, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """Check rows that replay a plan: (rows, scales or None)."""
+    rows = x[0] if isinstance(x, tuple) and x else x
+    rows = check_tensor("x", rows, shape=(plan.num_tokens, None))
+    check_row_dtype("x", rows)
+    if rows.device != plan.device:
+        raise StaleHandleError(f"x is on {rows.device} but the handle was made on {plan.device}")
+    spec = dataclasses.replace(_NO_SPEC, hidden_size=rows.shape[1], dtype=rows.dtype)
+    return check_rows("x", x, spec, plan.num_tokens)
 
 
 def _empty_rows(request: _Request, num_rows: int) -> Rows:

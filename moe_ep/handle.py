@@ -214,7 +214,7 @@ class BufferHandle(NamedTuple):
         recv_channel_prefix_matrix: empty, unused here.
         recv_src_idx: int32 [N], token index of each received row at its source.
         is_token_in_rank: bool [T, R].
-        send_head: empty, unused here.
+        send_head: empty, unused here; on several nodes int32 [R], rows received here from source ranks 0..i.
         num_recv_tokens: int32 0-dim, N.
         plan: private.
         groups: private.

@@ -341,6 +341,30 @@ def test_runtime_and_local_memory() -> None:
     assert bool((whole.view(torch.uint8)[128:192] == 7).all())
 
 
+def rows_before(ctx: RankContext) -> None:
+    case = make_case(4)
+    buffer = Buffer(ctx.new_group(), ranks_per_node=2)
+    topk_idx = case.routing(ctx.rank)[0]
+    per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, case.num_experts)
+    assert per_node.tolist() == in_rank.view(-1, 2, 2).any(2).sum(0).tolist()
+    handle = buffer.dispatch(
+        case.x(ctx.rank),
+        num_tokens_per_rank=per_rank,
+        num_tokens_per_rdma_rank=per_node,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        topk_idx=topk_idx,
+    )[4]
+    check_handle(case, ctx.rank, handle)
+    sources = [source for source, _, _ in case.expected().ranks[ctx.rank].rows.values()]
+    assert handle[-4].dtype == torch.int32
+    assert handle[-4].tolist() == [sum(source <= rank for source in sources) for rank in range(4)]
+
+
+def test_handles_on_several_nodes_tell_the_rows_before_each_source(ranks: Ranks) -> None:
+    ranks(4, rows_before)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu() -> None:
     with pytest.raises(NotBuiltError, match="cuda"):

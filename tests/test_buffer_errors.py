@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moe_ep import Buffer
+from moe_ep import Buffer, buffer_calls
 from moe_ep.errors import (
     ExchangeMismatchError,
     MoeEpError,
@@ -44,6 +44,10 @@ def dispatch_badly(ctx: RankContext, fault: str) -> Exception | None:
             arguments["expert_alignment"] = 0
         elif fault == "flags":
             arguments["allocate_on_comm_stream"] = True
+        elif fault == "empty tuple":
+            arguments["x"] = ()
+        elif fault == "ids in a list":
+            arguments["topk_idx"] = topk_idx.tolist()
     caught: Exception | None = None
     try:
         buffer.dispatch(**arguments)
@@ -66,6 +70,8 @@ DISPATCH_FAULTS = {
     "weights without ids": r"topk_weights.*topk_idx",
     "alignment": r"expert_alignment=0",
     "flags": r"allocate_on_comm_stream=True needs",
+    "empty tuple": r"x is tuple",
+    "ids in a list": r"topk_idx is list",
 }
 
 
@@ -100,6 +106,10 @@ def combine_badly(ctx: RankContext, fault: str) -> Exception | None:
             arguments["bias"] = x[1:]
         elif fault == "weights of another shape":
             arguments["topk_weights"] = topk_weights.new_empty(recv_x.shape[0] + 1, 3)
+        elif fault == "weights of another width":
+            arguments["topk_weights"] = topk_weights.new_empty(recv_x.shape[0], case.top_k + 1)
+        elif fault == "fp8 rows":
+            arguments["x"] = recv_x.to(torch.float8_e4m3fn).repeat(1, 2)
     caught: Exception | None = None
     try:
         buffer.combine(**arguments)
@@ -117,6 +127,8 @@ COMBINE_FAULTS = {
     "three biases": (ValueError, r"bias has 3"),
     "bias of another shape": (ValueError, r"bias has shape"),
     "weights of another shape": (ValueError, r"topk_weights has shape"),
+    "weights of another width": (ValueError, r"topk_weights has shape"),
+    "fp8 rows": (ValueError, r"x has dtype torch\.float8_e4m3fn.*combine bf16"),
 }
 
 
@@ -130,6 +142,50 @@ def test_bad_combine_on_one_rank_ends_all(ranks: Ranks, fault: str) -> None:
     assert first.rank == 1
 
 
+def combine_other_weights(ctx: RankContext) -> str:
+    case = make_case(2, tokens=(4, 4))
+    buffer = Buffer(ctx.new_group(), timeout_s=20)
+    x, (topk_idx, topk_weights) = case.x(ctx.rank), case.routing(ctx.rank)
+    layout = layout_of(buffer, case, ctx.rank)
+    recv_x, _, weights, _, handle, _ = buffer.dispatch(x, **layout, topk_idx=topk_idx, topk_weights=topk_weights)
+    with pytest.raises(ExchangeMismatchError) as caught:
+        buffer.combine(recv_x, handle, topk_weights=weights.double() if ctx.rank else weights)
+    return str(caught.value)
+
+
+def test_weights_that_differ_in_width_are_found_before_they_move(ranks: Ranks) -> None:
+    assert all("torch.float64" in text and "torch.float32" in text for text in ranks(2, combine_other_weights))
+
+
+def run_out_of_memory(ctx: RankContext, call: str) -> str:
+    """Rank 1 finds no room for what it will receive: after its header, before its payload."""
+    case = make_case(2, tokens=(4, 4))
+    buffer = Buffer(ctx.new_group(), timeout_s=20)
+    x, topk_idx = case.x(ctx.rank), case.routing(ctx.rank)[0]
+    layout = layout_of(buffer, case, ctx.rank)
+    handle = buffer.dispatch(x, **layout, topk_idx=topk_idx)[4]
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room for rows")
+
+    arguments: dict = {"handle": handle} if call == "replay" else layout
+    if call == "dispatch":
+        arguments = {**arguments, "topk_idx": topk_idx}
+    with pytest.MonkeyPatch.context() as patch:
+        if ctx.rank == 1:
+            patch.setattr(buffer_calls, "_empty_rows", fail)
+        with pytest.raises(MemoryError if ctx.rank == 1 else PeerAbortedError) as caught:
+            buffer.dispatch(x, **arguments)
+    buffer.reset()
+    check_received(case, case.expected().ranks[ctx.rank], *buffer.dispatch(x, **layout, topk_idx=topk_idx)[0:5:4])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["dispatch", "dispatch of rows alone", "replay"])
+def test_what_fails_between_header_and_payload_ends_all(ranks: Ranks, call: str) -> None:
+    assert all("no room for rows" in text for text in ranks(2, run_out_of_memory, call))
+
+
 def replay_badly(ctx: RankContext) -> list[str]:
     case = make_case(2, tokens=(4, 4))
     buffer = Buffer(ctx.new_group(), timeout_s=20)
@@ -137,7 +193,7 @@ def replay_badly(ctx: RankContext) -> list[str]:
     layout = layout_of(buffer, case, ctx.rank)
     handle = buffer.dispatch(x, **layout, topk_idx=topk_idx)[4]
     texts = []
-    for wrong in ({"x": x, "topk_idx": topk_idx}, {"x": x, **layout}, {"x": x[1:]}):
+    for wrong in ({"x": x, "topk_idx": topk_idx}, {"x": x, **layout}, {"x": x[1:]}, {"x": (x, x, x)}):
         with pytest.raises(ValueError, match=r".") as caught:
             buffer.dispatch(**wrong, handle=handle)
         texts.append(str(caught.value))
@@ -148,10 +204,11 @@ def replay_badly(ctx: RankContext) -> list[str]:
 
 
 def test_bad_replays(ranks: Ranks) -> None:
-    for both, layout, rows, stale in ranks(2, replay_badly):
+    for both, layout, rows, three, stale in ranks(2, replay_badly):
         assert "handle was given together" in both
         assert "handle was given together" in layout
         assert "x has shape [3, 8]" in rows
+        assert "x is a tuple of 3" in three
         assert "reset()" in stale
 
 
