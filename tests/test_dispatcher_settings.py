@@ -172,8 +172,9 @@ def cast_on_the_wire(ctx: RankContext, case: Case) -> None:
 
 
 @pytest.mark.parametrize("shape", [{"num_experts": 6, "top_k": 4}, {"num_experts": 2, "top_k": 1}], ids=str)
-def test_rows_may_be_cast_for_the_wire(ranks: Ranks, shape: dict) -> None:
-    case = Case(tokens=(5, 7), hidden_size=256, dtype=torch.bfloat16, kind="holes", **shape)
+@pytest.mark.parametrize(("tokens", "kind"), [((5, 7), "holes"), ((5, 0), "one"), ((0, 0), "holes")])
+def test_rows_may_be_cast_for_the_wire(ranks: Ranks, shape: dict, tokens: tuple[int, int], kind: str) -> None:
+    case = Case(tokens=tokens, hidden_size=256, dtype=torch.bfloat16, kind=kind, **shape)
     ranks(2, cast_on_the_wire, case)
 
 

@@ -54,14 +54,14 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (e4m3 [T, H], fp32 [T, H / 128]).
     """
-    groups = x.float().view(x.shape[0], -1, FP8_GROUP)
+    groups = x.float().view(x.shape[0], x.shape[1] // FP8_GROUP, FP8_GROUP)
     scales = groups.abs().amax(2).clamp_(min=1e-4) / torch.finfo(FP8_DTYPE).max
     return (groups / scales.unsqueeze(2)).to(FP8_DTYPE).view_as(x), scales
 
 
 def dequantize(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize` up to rounding; rows [N, H] e4m3, scales [N, H / 128] fp32."""
-    groups = rows.to(torch.float32).view(rows.shape[0], -1, FP8_GROUP)
+    groups = rows.to(torch.float32).view(rows.shape[0], rows.shape[1] // FP8_GROUP, FP8_GROUP)
     return (groups * scales.unsqueeze(2)).view(rows.shape).to(dtype)
 
 
