@@ -248,7 +248,7 @@ class Buffer(BufferCalls):
         """
         tokens = max_tokens_per_rank or self.max_tokens_per_rank or self.backend.max_tokens
         return {
-            "arena_bytes": self.num_nvl_bytes + self.num_rdma_bytes + self.backend.memory_bytes,
+            "arena_bytes": self.num_nvl_bytes + self.num_rdma_bytes,
             "exchange_bytes": self._exchange_bytes(tokens, row_bytes),
         }
 

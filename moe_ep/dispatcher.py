@@ -406,13 +406,15 @@ class TokenDispatcher(nn.Module):
 
         Returns:
             ``exchanges`` (number), ``tokens_per_expert`` (int64 [e] on the CPU: choices received), ``wait_seconds``
-            (spent by this rank waiting for payload and headers, for all dispatchers of the Buffer).
+            (spent by this rank waiting for payload and headers), ``wire_bytes`` (memory kept between exchanges, of which
+            only pages that messages reached are resident); the last two for all dispatchers of the Buffer.
         """
         exchanger = self._live()
         return {
             "exchanges": exchanger.num_exchanges,
             "tokens_per_expert": exchanger.choices_received.clone(),
             "wait_seconds": exchanger.buffer.control.wait_seconds,
+            "wire_bytes": exchanger.buffer.backend.memory_bytes,
         }
 
     def memory_report(self, max_tokens_per_rank: int | None = None) -> dict[str, int]:

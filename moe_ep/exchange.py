@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_ep.backends.control import Call
-from moe_ep.backends.torch import Counted, Dispatch
+from moe_ep.backends.torch import Announce, Counted, Dispatch
 from moe_ep.buffer import Buffer
 from moe_ep.config import ExchangeSpec
 from moe_ep.errors import CapacityError, StaleHandleError
@@ -169,20 +169,14 @@ class Exchanger:
 
         def run() -> Dispatch:
             control = self.buffer.control
-            words = None if error or planned is not None else self._count_words(topk_idx, spec)
             call = self._call("dispatch", spec, 0, int(planned is None), scales is not None)
-            opening = control.begin(call, words, error)
-
-            def counted() -> Counted:
-                table = opening.finish()
-                return Counted.from_table(table, spec) if planned is None else planned
-
             if error is not None:
-                counted()
+                control.open(call, error=error)
             assert rows is not None
-            result = self.buffer.backend.dispatch(
-                rows, scales, self._physical(topk_idx), topk_weights, counted, spec, self.id
-            )
+            ids = self._physical(topk_idx)
+            words = self.buffer.backend.count_words(ids, spec) if planned is None else None
+            announce = functools.partial(control.begin, call, words, None)
+            result = self.buffer.backend.dispatch(rows, scales, ids, topk_weights, planned, announce, spec, self.id)
             self.choices_received += result.groups.counts
             if result.plan.overflowed:
                 self._overflow = result.groups.overflow
@@ -202,9 +196,9 @@ class Exchanger:
             error = failure
 
         def run() -> Tensor:
-            ready = self._announce("combine", spec, plan, error)
+            announce = self._announce("combine", spec, plan, error)
             weights = None if row_weights is None else row_weights.reshape(-1)
-            return self.buffer.backend.combine(y.reshape(-1, spec.hidden_size), weights, plan, ready=ready)
+            return self.buffer.backend.combine(y.reshape(-1, spec.hidden_size), weights, plan, announce=announce)
 
         return self._launch(run, error, plan.device)
 
@@ -225,8 +219,8 @@ class Exchanger:
             error = failure
 
         def run() -> Tensor:
-            ready = self._announce("replayed dispatch", spec, plan, error)
-            return self._shape(self.buffer.backend.replay(x, plan, ready=ready)[0])
+            announce = self._announce("replayed dispatch", spec, plan, error)
+            return self._shape(self.buffer.backend.replay(x, plan, announce=announce)[0])
 
         return self._launch(run, error, plan.device)
 
@@ -238,9 +232,9 @@ class Exchanger:
         plan, error = self._plan_of(plan_tensors)
 
         def run() -> tuple[Tensor, Tensor]:
-            ready = self._announce("combine of gradients", spec, plan, error)
+            announce = self._announce("combine of gradients", spec, plan, error)
             flat = weight_grads if spec.layout == "compact" else weight_grads.reshape(-1)
-            return self.buffer.backend.combine_grads(grads.reshape(-1, spec.hidden_size), flat, plan, ready)
+            return self.buffer.backend.combine_grads(grads.reshape(-1, spec.hidden_size), flat, plan, announce)
 
         return self._launch(run, error, plan.device)
 
@@ -314,12 +308,12 @@ class Exchanger:
     def _count_words(self, topk_idx: Tensor, spec: ExchangeSpec) -> Tensor:
         return self.buffer.backend.count_words(self._physical(topk_idx), spec)
 
-    def _announce(self, kind: str, spec: ExchangeSpec, plan: Plan, error: Exception | None) -> Callable[[], object]:
-        """Announce a replay; what is returned waits until all ranks have, and must be called before sending."""
-        opening = self.buffer.control.begin(self._call(kind, spec, plan.serial), error=error)
+    def _announce(self, kind: str, spec: ExchangeSpec, plan: Plan, error: Exception | None) -> Announce:
+        """How to begin a replay; an error of this rank is announced, and raised, here."""
+        call = self._call(kind, spec, plan.serial)
         if error is not None:
-            opening.finish()
-        return opening.finish
+            self.buffer.control.open(call, error=error)
+        return functools.partial(self.buffer.control.begin, call, None, None)
 
     def _call(self, kind: str, spec: ExchangeSpec, serial: int, num_chunks: int = 1, fp8: bool = False) -> Call:
         digest, detail = _describe(spec)

@@ -377,7 +377,7 @@ def plant(ctx: RankContext, faulty_call: int) -> bool:
     """Whether the checks above notice that one exchange of payload loses a row."""
     case = make_case(2, kind="uniform", tokens=(6, 6))
     buffer = Buffer(ctx.new_group())
-    real, calls = buffer.backend._all_to_all, []
+    real, calls = buffer.backend.transport._all_to_all, []
 
     def faulty(out: torch.Tensor, *rest: object) -> None:
         real(out, *rest)
@@ -385,7 +385,7 @@ def plant(ctx: RankContext, faulty_call: int) -> bool:
             out[0] = 0
         calls.append(out)
 
-    buffer.backend._all_to_all = faulty
+    buffer.backend.transport._all_to_all = faulty
     try:
         x, topk_idx = case.x(ctx.rank), case.routing(ctx.rank)[0]
         recv_x, *_, handle, _ = buffer.dispatch(x, **layout_of(buffer, case, ctx.rank), topk_idx=topk_idx)

@@ -107,14 +107,14 @@ def hold_exchanges(ctx: RankContext) -> tuple[list[bool], list[bool]]:
     case = make_case(ctx.world_size, tokens=(3, 3))
     dispatcher, leaves, topk_idx = case.dispatcher(ctx.group), make_leaves(case, ctx.rank), case.routing(ctx.rank)[0]
     gate = threading.Event()
-    backend = dispatcher.buffer.backend
-    swap = backend.swap
+    transport = dispatcher.buffer.backend.transport
+    ship = transport.ship
 
-    def held(*args: Any) -> Any:
+    def held(*args: Any, **options: Any) -> Any:
         assert gate.wait(20)
-        return swap(*args)
+        return ship(*args, **options)
 
-    backend.swap = held
+    transport.ship = held
     try:
         forward, backward = [], []
         pending = dispatcher.dispatch_async(leaves.x, topk_idx, leaves.topk_weights)
@@ -130,7 +130,7 @@ def hold_exchanges(ctx: RankContext) -> tuple[list[bool], list[bool]]:
         gate.clear()
         out.backward(probe(case, ctx.rank))
     finally:
-        backend.swap = swap
+        transport.ship = ship
     return forward, backward
 
 

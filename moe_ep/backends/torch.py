@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_ep.backends.control import ControlPlane
+from moe_ep.backends.control import Answer, ControlPlane, Opening, Outbox
 from moe_ep.backends.place import (
-    HALF_DTYPES,
     collect_choices,
     fill_rows,
     identity_places,
@@ -26,18 +25,8 @@ from moe_ep.backends.place import (
     reduce_rows,
     spread,
 )
-from moe_ep.backends.wire import (
-    WORD_BYTES,
-    Load,
-    Metadata,
-    Received,
-    as_words,
-    dequantize,
-    pack_rows,
-    quantize,
-    region_rows,
-    unpack_rows,
-)
+from moe_ep.backends.transport import Load, Transport
+from moe_ep.backends.wire import WORD_BYTES, Metadata, Received, as_words, dequantize, quantize
 from moe_ep.config import ExchangeSpec
 from moe_ep.handle import Groups, PlacePlan, Plan, SendPlan
 from moe_ep.plan import (
@@ -51,6 +40,9 @@ from moe_ep.plan import (
     plan_send_per_rank,
     tokens_in_rank,
 )
+
+# Begins an exchange with what fits its envelopes.
+Announce = Callable[[Outbox | None], Opening]
 
 
 class Counted(NamedTuple):
@@ -147,10 +139,6 @@ class Dispatch:
     groups: Groups
 
 
-def nothing() -> None:
-    """For exchanges that were announced beforehand."""
-
-
 class TorchBackend:
     """Exchanges rows among the ranks of a group with torch alone.
 
@@ -163,9 +151,18 @@ class TorchBackend:
 
     def __init__(self, control: ControlPlane, group: Callable[[], dist.ProcessGroup | None]) -> None:
         self.control = control
-        self._group = group
+        self.transport = Transport(control, group)
         self.max_tokens = 0
-        self._memory: dict[str, Tensor] = {}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of wire memory kept between exchanges."""
+        return self.transport.memory_bytes
+
+    def reset(self) -> None:
+        """Forget sizes and memory."""
+        self.max_tokens = 0
+        self.transport.reset()
 
     # Counts
 
@@ -184,7 +181,8 @@ class TorchBackend:
         scales: Tensor | None,
         topk_idx: Tensor,
         topk_weights: Tensor | None,
-        counted: Callable[[], Counted],
+        planned: Counted | None,
+        announce: Announce,
         spec: ExchangeSpec,
         owner: int,
     ) -> Dispatch:
@@ -195,19 +193,23 @@ class TorchBackend:
             scales: [T, H / 128] fp32 or int32 scales of fp8 rows, or None.
             topk_idx: [T, K] int64, -1 = no choice.
             topk_weights: [T, K] fp32 or fp64, or None.
-            counted: waits for the exchanged counts.
+            planned: counts that were exchanged before, or None.
+            announce: begins the exchange, with the words of ``count_words`` unless ``planned``.
             spec: the settings.
             owner: id stored in the plan.
         """
         if spec.capacity is not None:
-            prepared = self.prepare(topk_idx, counted(), spec, owner)
-            packed = self.pack(x, scales, topk_weights, prepared.topk_idx, prepared.send, spec)
-        else:
-            # Without a capacity the source's half needs nobody's counts: it is done while they travel.
-            send = self.plan_send(topk_idx, spec)
-            packed = self.pack(x, scales, topk_weights, topk_idx, send, spec)
-            prepared = self.prepare(topk_idx, counted(), spec, owner, send)
-        return self.place(packed, prepared)
+            answer = announce(None).finish()
+            counted = Counted.from_table(answer.table, spec) if planned is None else planned
+            prepared = self.prepare(topk_idx, counted, spec, owner)
+            return self.move(x, scales, topk_weights, prepared)
+        # Without a capacity the source's half needs nobody's counts: rows travel with their own.
+        send = self.plan_send(topk_idx, spec)
+        num_words = Counted.num_words(spec) if planned is None else 0
+        packed = self.pack(x, scales, topk_weights, topk_idx, send, spec, num_words)
+        answer = announce(packed.load.outbox).finish()
+        counted = Counted.from_table(answer.table, spec) if planned is None else planned
+        return self.place(packed, self.prepare(topk_idx, counted, spec, owner, send), answer)
 
     def plan_send(self, topk_idx: Tensor, spec: ExchangeSpec) -> SendPlan:
         """The source's half of a plan; ``topk_idx`` after capacity drops."""
@@ -257,23 +259,25 @@ class TorchBackend:
         topk_idx: Tensor,
         send: SendPlan,
         spec: ExchangeSpec,
+        num_words: int | None = None,
     ) -> Packed:
-        """Rows and metadata in the order of the wire; arguments as in :meth:`dispatch`, ids after capacity drops."""
+        """Rows and metadata in the order of the wire; arguments as in :meth:`dispatch` and ``Transport.load``."""
         cast = spec.wire_dtype is not None and scales is None
         payload, scales = quantize(x) if cast else (x, scales)
         layout = Metadata.of(spec, topk_weights, scales)
         meta = layout.pack(topk_idx, topk_weights, scales, send, spec)
-        return Packed(self.load(payload, send.send_src, send.send_counts, meta), layout, x.dtype if cast else None)
+        load = self.transport.load(payload, send.send_src, send.send_counts, meta, num_words)
+        return Packed(load, layout, x.dtype if cast else None)
 
     def move(self, x: Tensor, scales: Tensor | None, topk_weights: Tensor | None, prepared: Prepared) -> Dispatch:
-        """The payload of a prepared dispatch."""
+        """The payload of a prepared dispatch, which was announced before."""
         packed = self.pack(x, scales, topk_weights, prepared.topk_idx, prepared.send, prepared.spec)
-        return self.place(packed, prepared)
+        return self.place(packed, prepared, None)
 
-    def place(self, packed: Packed, prepared: Prepared) -> Dispatch:
-        """Swap packed rows and put what arrives in its place."""
+    def place(self, packed: Packed, prepared: Prepared, answer: Answer | None) -> Dispatch:
+        """Put what arrives in its place."""
         groups, compact = prepared.groups, prepared.spec.layout == "compact"
-        received = self.ship(packed.load, prepared.recv_counts)
+        received = self.transport.ship(packed.load, prepared.recv_counts, answer)
         ids, weights, scales, recv_src = packed.layout.unpack(received.meta)
         device = received.buffer.device
         plan = self.make_plan(prepared, self._plan_places(prepared, ids, device), packed.layout.weight_bytes)
@@ -366,20 +370,20 @@ class TorchBackend:
         parts = [send.send_src.to(torch.int32).unsqueeze(1)]
         if scales is not None:
             parts.append(as_words(scales.index_select(0, send.send_src)))
-        received = self.swap(x, send.send_src, send.send_counts, plan.recv_counts, torch.cat(parts, dim=1))
+        load = self.transport.load(x, send.send_src, send.send_counts, torch.cat(parts, dim=1))
+        received = self.transport.ship(load, plan.recv_counts, None)
         assert received.meta is not None
         scales = None if scales is None else received.meta[:, 1:].contiguous().view(scales.dtype)
         return self._place(received.buffer, received.index, plan), scales, received.meta[:, 0].contiguous()
 
     def replay(
-        self, x: Tensor, plan: Plan, scales: Tensor | None = None, ready: Callable[[], object] = nothing
+        self, x: Tensor, plan: Plan, scales: Tensor | None = None, announce: Announce | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Move other rows [T, H] along an existing plan; returns layout rows and the rows' scales."""
         send = plan.send
         meta = None if scales is None else as_words(scales.index_select(0, send.send_src))
-        load = self.load(x, send.send_src, send.send_counts, meta)
-        ready()
-        received = self.ship(load, plan.recv_counts, keep=meta is None and plan.place.row_src is None)
+        keep = meta is None and plan.place.row_src is None
+        received = self._swap(x, send.send_src, send.send_counts, plan.recv_counts, meta, announce, keep=keep)
         rows = self._place(received.buffer, received.index, plan)
         if plan.overflowed:
             poison(rows)
@@ -404,7 +408,7 @@ class TorchBackend:
         row_weights: Tensor | None,
         plan: Plan,
         bias: tuple[Tensor, ...] = (),
-        ready: Callable[[], object] = nothing,
+        announce: Announce | None = None,
     ) -> Tensor:
         """Sum each token's rows, weighted when ``row_weights`` is given, in fp32 (fp64 for fp64 rows) and fixed order.
 
@@ -413,26 +417,30 @@ class TorchBackend:
             row_weights: [num_rows] or None.
             plan: of the dispatch.
             bias: up to two [T, H] tensors added before rounding.
-            ready: called before anything is sent; waits until all ranks have announced the exchange.
+            announce: begins the exchange; None when it was announced before.
 
         Returns:
             [T, H] in y's dtype; zeros (plus bias) for tokens that no rank received.
         """
         send, place = plan.send, plan.place
         if self.control.size == 1 and place.back_offsets is None:
-            index = send.token_rows if place.back_rows is None else place.back_rows[send.token_rows]
-            weights = None if row_weights is None else row_weights[index]
-            ready()
-            out = reduce_rows(y, index, send.token_offsets, weights, bias)
+            order = send.token_rows if place.back_rows is None else place.back_rows[send.token_rows]
+            weights = None if row_weights is None else row_weights[order]
+            if announce is not None:
+                announce(None).finish()
+            out = reduce_rows(y, order, send.token_offsets, weights, bias)
         else:
-            partial = self._reduce_back(y, row_weights, plan)
-            ready()
-            received = self.swap(partial, None, plan.recv_counts, send.send_counts, None)
-            out = reduce_rows(received.buffer, send.token_rows, send.token_offsets, None, bias)
+            rows, index, weights = self._homeward(y, row_weights, plan)
+            meta = None if weights is None else as_words(weights.unsqueeze(1))
+            received = self._swap(rows, index, plan.recv_counts, send.send_counts, meta, announce)
+            order = send.token_rows if received.index is None else received.index[send.token_rows]
+            if row_weights is not None and received.meta is not None:
+                weights = received.meta.view(row_weights.dtype).squeeze(1)[send.token_rows]
+            out = reduce_rows(received.buffer, order, send.token_offsets, weights, bias)
         return poison(out) if plan.overflowed else out
 
     def combine_grads(
-        self, grads: Tensor, weight_grads: Tensor, plan: Plan, ready: Callable[[], object] = nothing
+        self, grads: Tensor, weight_grads: Tensor, plan: Plan, announce: Announce
     ) -> tuple[Tensor, Tensor]:
         """The reversed dispatch: gradients of rows and of their weights travel home in one exchange.
 
@@ -440,16 +448,15 @@ class TorchBackend:
             grads: [num_rows, H] gradients of layout rows.
             weight_grads: [num_rows] or, for compact rows, [num_rows, K].
             plan: of the dispatch.
-            ready: as in :meth:`combine`.
+            announce: begins the exchange.
 
         Returns:
             Gradients of x [T, H] and of topk_weights [T, K].
         """
         send = plan.send
-        partial = self._reduce_back(grads, None, plan)
+        rows, index, _ = self._homeward(grads, None, plan)
         meta = as_words(collect_choices(weight_grads, plan))
-        ready()
-        received = self.swap(partial, None, plan.recv_counts, send.send_counts, meta)
+        received = self._swap(rows, index, plan.recv_counts, send.send_counts, meta, announce)
         index = send.token_rows if received.index is None else received.index[send.token_rows]
         dx = reduce_rows(received.buffer, index, send.token_offsets)
         assert received.meta is not None
@@ -464,107 +471,39 @@ class TorchBackend:
     def combine_weights(self, row_weights: Tensor, plan: Plan) -> Tensor:
         """Bring [N, K] values home by themselves: each token's are summed elementwise over ranks, [T, K]."""
         send = plan.send
-        received = self.swap(row_weights[: plan.num_wire], None, plan.recv_counts, send.send_counts, None)
+        received = self._swap(row_weights[: plan.num_wire], None, plan.recv_counts, send.send_counts, None, None)
         return reduce_rows(received.buffer, send.token_rows, send.token_offsets)
 
-    def _reduce_back(self, y: Tensor, row_weights: Tensor | None, plan: Plan) -> Tensor:
-        """[N, H] wire rows in y's dtype: the sum of the layout rows behind each."""
+    def _homeward(
+        self, y: Tensor, row_weights: Tensor | None, plan: Plan
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What goes back to the sources for layout rows ``y``.
+
+        Returns:
+            Rows; index of the wire rows among them, None when they are in order; weights [N] that the source multiplies
+            by, None where there are none left: rows of several choices are weighted and summed here.
+        """
         place = plan.place
         if place.back_offsets is not None:
             assert place.back_rows is not None
             weights = None if row_weights is None else row_weights[place.back_rows]
-            return reduce_rows(y, place.back_rows, place.back_offsets, weights)
-        if row_weights is not None and place.back_rows is not None and y.dtype not in HALF_DTYPES:
-            # Runs of one row: gather and product in one pass.
-            each = torch.arange(plan.num_wire, device=y.device)
-            return reduce_rows(y, place.back_rows, each, row_weights[place.back_rows])
-        rows = y[: plan.num_wire] if place.back_rows is None else y.index_select(0, place.back_rows)
-        if row_weights is None:
-            return rows
-        weights = row_weights[: plan.num_wire] if place.back_rows is None else row_weights[place.back_rows]
-        # The product of a 16-bit row and an fp32 weight is an fp32 row, rounded once.
-        return (rows * weights.unsqueeze(1)).to(y.dtype)
+            return reduce_rows(y, place.back_rows, place.back_offsets, weights), None, None
+        if place.back_rows is None:
+            return y[: plan.num_wire], None, None if row_weights is None else row_weights[: plan.num_wire]
+        return y, place.back_rows, None if row_weights is None else row_weights[place.back_rows]
 
-    # The wire
-
-    def swap(
-        self, rows: Tensor, index: Tensor | None, send_counts: list[int], recv_counts: list[int], meta: Tensor | None
+    def _swap(
+        self,
+        rows: Tensor,
+        index: Tensor | None,
+        counts: list[int],
+        recv_counts: list[int],
+        meta: Tensor | None,
+        announce: Announce | None,
+        *,
+        keep: bool = False,
     ) -> Received:
-        """:meth:`load` and :meth:`ship` in one."""
-        return self.ship(self.load(rows, index, send_counts, meta), recv_counts)
-
-    def load(self, rows: Tensor, index: Tensor | None, send_counts: list[int], meta: Tensor | None) -> Load:
-        """Put rows and their metadata in the order of the wire.
-
-        Args:
-            rows: [M, W] contiguous rows.
-            index: [S] rows to send, by destination; None sends ``rows`` as they are.
-            send_counts: wire rows for each rank.
-            meta: [S, words] int32, the same number of words on every rank, or None.
-        """
-        if self.control.size == 1:
-            return Load(rows if index is None else rows.index_select(0, index), send_counts, meta)
-        if index is None and meta is None:
-            return Load(rows.contiguous(), send_counts, None)
-        words = 0 if meta is None else meta.shape[1]
-        regions = region_rows(send_counts, words, rows.shape[1] * rows.itemsize)
-        packed = self._scratch("send", rows, sum(regions))
-        pack_rows(packed, rows, index, send_counts, regions, meta)
-        return Load(packed, regions, meta)
-
-    def ship(self, load: Load, recv_counts: list[int], *, keep: bool = False) -> Received:
-        """Send a load to every rank in one exchange.
-
-        Args:
-            load: from :meth:`load`.
-            recv_counts: wire rows that each rank sends here.
-            keep: whether the received rows outlive this exchange; else the next one overwrites them.
-        """
-        if self.control.size == 1:
-            return Received(load.rows, None, load.meta)
-        words = 0 if load.meta is None else load.meta.shape[1]
-        regions = region_rows(recv_counts, words, load.rows.shape[1] * load.rows.itemsize)
-        if keep:
-            buffer = load.rows.new_empty(sum(regions), load.rows.shape[1])
-        else:
-            buffer = self._scratch("receive", load.rows, sum(regions))
-        self._all_to_all(buffer, load.rows, regions, load.regions)
-        return Received(buffer, None, None) if load.meta is None else unpack_rows(buffer, recv_counts, regions, words)
-
-    def _scratch(self, name: str, like: Tensor, num_rows: int) -> Tensor:
-        """[num_rows, W] memory for one exchange at a time, kept between them: fresh pages cost more than the copy."""
-        if like.device.type != "cpu":
-            return like.new_empty(num_rows, like.shape[1])  # torch keeps freed GPU memory by itself
-        num_bytes = num_rows * like.shape[1] * like.itemsize
-        if name not in self._memory or self._memory[name].numel() < num_bytes:
-            self._memory[name] = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._memory[name][:num_bytes].view(like.dtype).view(num_rows, like.shape[1])
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of wire memory kept between exchanges."""
-        return sum(memory.numel() for memory in self._memory.values())
-
-    def reset(self) -> None:
-        """Forget sizes and memory; an exchange that failed may still be written to the memory."""
-        self.max_tokens = 0
-        self._memory = {}
-
-    def _all_to_all(self, out: Tensor, rows: Tensor, out_splits: list[int], splits: list[int]) -> None:
-        # Bytes travel: not every torch.distributed backend knows every dtype.
-        out_bytes, row_bytes = out.view(torch.uint8), rows.view(torch.uint8)
-        group = None if out.device.type == "cpu" else self._group()
-        if out.device.type == "cpu":
-            self.control.swap(out_bytes, row_bytes, out_splits, splits)
-        elif group is not None and _supports(group, out.device):
-            work = dist.all_to_all_single(out_bytes, row_bytes, out_splits, splits, group=group, async_op=True)
-            self.control.wait(work)
-        else:
-            staged = torch.empty_like(out_bytes, device="cpu")
-            self.control.swap(staged, row_bytes.cpu(), out_splits, splits)
-            out_bytes.copy_(staged)
-
-
-def _supports(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether a group moves tensors of this device by itself."""
-    return device.type in str(group._device_types) and "gloo" not in dist.get_backend(group).lower()
+        """Send rows along a plan; arguments as in ``Transport.load`` and ``Transport.ship``."""
+        load = self.transport.load(rows, index, counts, meta, None if announce is None else 0)
+        answer = None if announce is None else announce(load.outbox).finish()
+        return self.transport.ship(load, recv_counts, answer, keep=keep)

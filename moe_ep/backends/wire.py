@@ -30,21 +30,6 @@ class Received:
     meta: Tensor | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """What is about to be sent.
-
-    Attributes:
-        rows: [M, W] rows in the order of the wire, metadata rows among them.
-        regions: rows for each rank.
-        meta: [S, words] int32 metadata, which for a single rank stays here.
-    """
-
-    rows: Tensor
-    regions: list[int]
-    meta: Tensor | None
-
-
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Cast rows to e4m3 with one fp32 scale per 128 channels: scale = max(amax, 1e-4) / 448.
 
@@ -147,31 +132,45 @@ def region_rows(counts: list[int], meta_words: int, row_bytes: int) -> list[int]
 
 
 def pack_rows(
-    packed: Tensor, rows: Tensor, index: Tensor | None, counts: list[int], region_rows: list[int], meta: Tensor | None
+    targets: list[Tensor], rows: Tensor, index: Tensor | None, counts: list[int], meta: Tensor | None
 ) -> None:
-    width = packed.shape[1] * packed.itemsize // WORD_BYTES
-    words = packed.view(torch.int32).view(-1) if meta is not None else None
-    first = at = 0
-    for count, region in zip(counts, region_rows, strict=True):
-        target = packed[at : at + count]
+    """Copy each rank's rows, and their metadata behind them, to its region.
+
+    Args:
+        targets: region of each rank, [rows of ``region_rows``, W], contiguous.
+        rows: [M, W].
+        index: [S] rows to copy, by rank; None takes them in order.
+        counts: wire rows of each rank.
+        meta: [S, words] int32, or None.
+    """
+    first = 0
+    for target, count in zip(targets, counts, strict=True):
         if index is None:
-            target.copy_(rows[first : first + count])
+            target[:count] = rows[first : first + count]
         else:
-            torch.index_select(rows, 0, index[first : first + count], out=target)
-        if meta is not None and words is not None:
-            begin = (at + count) * width
-            words[begin : begin + count * meta.shape[1]] = meta[first : first + count].view(-1)
+            torch.index_select(rows, 0, index[first : first + count], out=target[:count])
+        if meta is not None:
+            words = target[count:].view(torch.int32).view(-1)
+            words[: count * meta.shape[1]] = meta[first : first + count].view(-1)
         first += count
-        at += region
 
 
-def unpack_rows(buffer: Tensor, counts: list[int], region_rows: list[int], meta_words: int) -> Received:
+def unpack_rows(buffer: Tensor, counts: list[int], starts: list[int], meta_words: int) -> Received:
+    """Find rows and metadata of each source in what arrived.
+
+    Args:
+        buffer: [M, W].
+        counts: wire rows of each source.
+        starts: row where each source's region begins.
+        meta_words: int32 words of metadata per row, 0 for none.
+    """
     width = buffer.shape[1] * buffer.itemsize // WORD_BYTES
+    index = torch.cat([torch.arange(at, at + n, device=buffer.device) for n, at in zip(counts, starts, strict=True)])
+    if not meta_words:
+        return Received(buffer, index, None)
     words = buffer.view(torch.int32).view(-1)
-    metas, starts, at = [], [], 0
-    for count, region in zip(counts, region_rows, strict=True):
-        begin = (at + count) * width
+    metas = []
+    for count, start in zip(counts, starts, strict=True):
+        begin = (start + count) * width
         metas.append(words[begin : begin + count * meta_words].view(count, meta_words))
-        starts.append(torch.arange(at, at + count, device=buffer.device))
-        at += region
-    return Received(buffer, torch.cat(starts), torch.cat(metas))
+    return Received(buffer, index, torch.cat(metas))

@@ -1,0 +1,74 @@
+"""Rows cross in envelopes, behind them, or some this way and some that: the same rows in every case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moe_ep import TokenDispatcher
+from moe_ep.backends import control, transport
+from moe_ep.testing import make_routing
+from moe_ep.testing.worker import RankContext
+
+Ranks = Callable[..., list]
+
+
+def exchange(ctx: RankContext, limit: int, tokens: list[int], layout: str) -> tuple[list[torch.Tensor], int]:
+    """Everything that a dispatch and a combine give, forward and backward, and how many swaps followed envelopes."""
+    control.ENVELOPE_BYTES = transport.ENVELOPE_BYTES = limit
+    try:
+        group, num_experts = ctx.group, 2 * ctx.world_size
+        place = "experts" if layout == "compact" else "combine"
+        dispatcher = TokenDispatcher(
+            group,
+            num_experts=num_experts,
+            hidden_size=24,
+            top_k=2,
+            dtype=torch.float32,
+            layout=layout,
+            weights=place,
+            max_tokens_per_rank=max(tokens),
+        )
+        dispatcher.buffer.control._inbox = None
+        swaps = []
+        real = dispatcher.buffer.backend.transport._all_to_all
+        dispatcher.buffer.backend.transport._all_to_all = lambda *args: (swaps.append(1), real(*args))
+        num_tokens = tokens[ctx.rank]
+        topk_idx, weights = make_routing(num_tokens, 2, num_experts, kind="uniform", seed=ctx.rank)
+        x = torch.randn(num_tokens, 24, generator=torch.Generator().manual_seed(ctx.rank)).requires_grad_()
+        weights.requires_grad_()
+        routed = dispatcher.dispatch(x, topk_idx, weights)
+        y = torch.nan_to_num(routed.x) * 3
+        out = dispatcher.combine(y, routed.handle, routed.weights if place == "combine" else None)
+        (out * x.detach()).sum().backward()
+        assert x.grad is not None
+        assert weights.grad is not None
+        dispatcher.buffer.backend.transport._all_to_all = real
+        return [out.detach(), x.grad, weights.grad, routed.tokens_per_expert], len(swaps)
+    finally:
+        control.ENVELOPE_BYTES = transport.ENVELOPE_BYTES = 4 << 20
+        dispatcher.buffer.control._inbox = None
+
+
+def compare(ctx: RankContext, limit: int, tokens: list[int], layout: str) -> tuple[bool, int]:
+    enclosed, none = exchange(ctx, 4 << 20, tokens, layout)
+    assert none == 0
+    other, swaps = exchange(ctx, limit, tokens, layout)
+    return all(torch.equal(a, b) for a, b in zip(enclosed, other, strict=True)), swaps
+
+
+@pytest.mark.parametrize("layout", ["expanded", "compact", "slab"])
+@pytest.mark.parametrize(
+    ("limit", "tokens", "swaps"),
+    [
+        pytest.param(256, [9, 8, 10], 4, id="none fits"),
+        pytest.param(2048, [40, 3, 0], 4, id="some fit"),
+    ],
+)
+def test_rows_do_not_depend_on_their_way(ranks: Ranks, layout: str, limit: int, tokens: list[int], swaps: int) -> None:
+    for same, followed in ranks(3, compare, limit, tokens, layout):
+        assert same
+        # Every rank takes part in the swap behind the envelopes as soon as one needs it.
+        assert followed == swaps
