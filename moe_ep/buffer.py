@@ -97,7 +97,7 @@ class Buffer(BufferCalls):
     ) -> None:
         resolved = resolve_group(group)
         self._group: Callable[[], dist.ProcessGroup | None] = lambda: resolved
-        self.timeout_s = _timeout(timeout_s)
+        self.timeout_s, wrong_timeout = _timeout(timeout_s)
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = low_latency_mode
@@ -109,12 +109,12 @@ class Buffer(BufferCalls):
         self._last: Future | None = None
         self.control = ControlPlane(resolved, self.timeout_s)
         self.rank, self.group_size = self.control.rank, self.control.size
-        self.ranks_per_node = ranks_per_node or self.group_size
+        self.ranks_per_node = self.group_size if ranks_per_node is None else ranks_per_node
         detail = (
             f"num_nvl_bytes={num_nvl_bytes}, num_rdma_bytes={num_rdma_bytes}, low_latency_mode={low_latency_mode}, "
             f"ranks_per_node={self.ranks_per_node}, backend={backend}"
         )
-        self.agree(detail, lambda: self._check_arguments(backend))
+        self.agree(detail, lambda: self._check_arguments(backend, wrong_timeout))
         self.backend_name, self.backend_reason = "torch", _why_torch(backend)
         self.backend = TorchBackend(self.control, lambda: self.group)
         self.runtime = TorchRuntime(self.rank, self.group_size, self.ranks_per_node, num_nvl_bytes, num_rdma_bytes)
@@ -132,7 +132,9 @@ class Buffer(BufferCalls):
         if resolved is None:
             return cls(None, timeout_s=timeout_s, backend=backend)
         buffers = cls._shared.setdefault(resolved, {})
-        key = (_timeout(timeout_s), backend)
+        seconds, wrong = _timeout(timeout_s)
+        # A wrong one is refused by the constructor, which tells the peers.
+        key = (seconds if wrong is None else timeout_s, backend)
         if key not in buffers or buffers[key]._destroyed:
             made = cls(resolved, timeout_s=timeout_s, backend=backend)
             # A value that held its key would keep both for ever; dispatchers hold the group.
@@ -157,11 +159,14 @@ class Buffer(BufferCalls):
         error: Exception | None = None
         try:
             check()
-        except (ValueError, MoeEpError) as failure:
+        # Whatever it is: peers wait for this rank.
+        except Exception as failure:
             error = failure
         self.submit(lambda: self.control.agree(detail, error)).result()
 
-    def _check_arguments(self, backend: str) -> None:
+    def _check_arguments(self, backend: str, wrong_timeout: ValueError | None) -> None:
+        if wrong_timeout is not None:
+            raise wrong_timeout
         if backend not in ("auto", "torch", "cuda"):
             raise ValueError(f'backend={backend!r} must be "auto", "torch" or "cuda"')
         if backend == "cuda":
@@ -169,7 +174,7 @@ class Buffer(BufferCalls):
         for name in ("num_nvl_bytes", "num_rdma_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 reserves at first use")
-        if self.group_size % self.ranks_per_node:
+        if self.ranks_per_node <= 0 or self.group_size % self.ranks_per_node:
             raise ValueError(
                 f"ranks_per_node={self.ranks_per_node} must divide the {self.group_size} ranks of the group"
             )
@@ -335,11 +340,18 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
     return group
 
 
-def _timeout(timeout_s: float | None) -> float:
-    value = float(os.environ.get("MOE_EP_TIMEOUT_S", _DEFAULT_TIMEOUT_S)) if timeout_s is None else float(timeout_s)
-    if value <= 0:
-        raise ValueError(f"timeout_s={value} must be positive, in seconds")
-    return value
+def _timeout(timeout_s: float | None) -> tuple[float, ValueError | None]:
+    """Seconds, and what to raise where they were given wrongly; the default then bounds telling the peers."""
+    name, given = "timeout_s", timeout_s
+    if timeout_s is None:
+        name, given = "MOE_EP_TIMEOUT_S", os.environ.get("MOE_EP_TIMEOUT_S", _DEFAULT_TIMEOUT_S)
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = 0.0
+    if not 0 < value < float("inf"):
+        return _DEFAULT_TIMEOUT_S, ValueError(f"{name}={given} must be a positive number of seconds")
+    return value, None
 
 
 def _require_cuda() -> None:

@@ -240,7 +240,8 @@ class TokenDispatcher(nn.Module):
             raise ValueError("buffer belongs to another group: pass Buffer.for_group(group), or leave it out")
         spec = self._spec(buffer.group_size)
         expert_map = self._expert_map
-        detail = f"{spec.describe()}, expert_map={None if expert_map is None else expert_map.tolist()}"
+        replicas = expert_map.tolist() if isinstance(expert_map, Tensor) else expert_map
+        detail = f"{spec.describe()}, expert_map={replicas}"
         buffer.agree(detail, lambda: _check(spec, expert_map, self.num_sms))
         validate = buffer.backend_name == "torch" if self.validate is None else self.validate
         self._exchanger = Exchanger(buffer, spec, expert_map, validate)
@@ -509,3 +510,10 @@ def _check(spec: ExchangeSpec, expert_map: Tensor | None, num_sms: int | None) -
         raise ValueError(f"expert_map has ids up to {int(expert_map.max())}; physical ids are below {spec.num_experts}")
     if bool((expert_map[:, 0] < 0).any()):
         raise ValueError("expert_map has an expert without a replica: its first column must hold ids >= 0")
+    if bool(((expert_map[:, 1:] >= 0) & (expert_map[:, :-1] < 0)).any()):
+        raise ValueError("expert_map has a replica behind a -1: put -1 after the last replica of each expert")
+    ids, counts = expert_map[expert_map >= 0].unique(return_counts=True)
+    if bool((counts > 1).any()):
+        raise ValueError(
+            f"expert_map holds id {int(ids[counts > 1][0])} more than once: give each replica an id of its own"
+        )

@@ -262,6 +262,8 @@ CONSTRUCTION_FAULTS = {
     "timeout": ({"timeout_s": 0}, r"timeout_s=0"),
     "num_sms": ({"num_sms": 5}, r"num_sms=5.*even"),
     "expert_map": ({"expert_map": torch.tensor([[9]])}, r"expert_map"),
+    "replica twice": ({"expert_map": torch.tensor([[0, 1], [1, 2]], dtype=torch.int32)}, r"id 1 more than once"),
+    "replica behind a hole": ({"expert_map": torch.tensor([[0, -1, 1]], dtype=torch.int32)}, r"replica behind a -1"),
 }
 
 

@@ -48,21 +48,31 @@ def test_different_settings_are_found_at_construction_on_all_ranks(ranks: Ranks,
         assert all(side in text for side in sides)
 
 
-def construct_one_badly(ctx: RankContext) -> Exception | None:
+def construct_one_badly(ctx: RankContext, changes: dict) -> Exception | None:
     try:
-        CASE.dispatcher(ctx.new_group(), **({"num_sms": 7} if ctx.rank == 2 else {}))
-    except (ValueError, MoeEpError) as error:
+        CASE.dispatcher(ctx.new_group(), **(changes if ctx.rank == 2 else {}))
+    except (ValueError, TypeError, MoeEpError) as error:
         return error
     return None
 
 
-def test_settings_that_one_rank_refuses_end_the_others(ranks: Ranks) -> None:
-    results = ranks(3, construct_one_badly)
-    assert isinstance(results[2], ValueError)
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"num_sms": 7}, "num_sms=7"),
+        ({"num_sms": "many"}, "TypeError"),
+        ({"timeout_s": -1}, "timeout_s=-1 must be a positive number"),
+        ({"timeout_s": "soon"}, "timeout_s=soon must be a positive number"),
+    ],
+    ids=str,
+)
+def test_settings_that_one_rank_refuses_end_the_others(ranks: Ranks, changes: dict, text: str) -> None:
+    results = ranks(3, construct_one_badly, changes)
+    assert isinstance(results[2], ValueError | TypeError)
     for error in results[:2]:
         assert isinstance(error, PeerAbortedError)
         assert error.rank == 2
-        assert "num_sms=7" in str(error)
+        assert text in str(error)
 
 
 def swap_order(ctx: RankContext, late_s: float) -> tuple[str, str, bool]:
