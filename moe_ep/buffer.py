@@ -185,7 +185,8 @@ class Buffer(BufferCalls):
             raise MoeEpError("this Buffer was destroyed: construct a new one")
         if self._executor is None:
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moe_ep")
-        self._last = self._executor.submit(_run_without_grad, self.control, run)
+        inference = torch.is_inference_mode_enabled()
+        self._last = self._executor.submit(_run_in_mode, inference, self.control, run)
         return Job(self._last)
 
     def run(self, run: Callable[[], Result]) -> Result:
@@ -231,7 +232,7 @@ class Buffer(BufferCalls):
         Returns:
             Bytes that exchanges of these sizes take on this rank, reported before anything is allocated.
         """
-        words = torch.tensor([max_tokens_per_rank, row_bytes])
+        words = torch.tensor([max_tokens_per_rank, row_bytes], device="cpu")
         sizes = self.submit(lambda: self.control.open(Call("reserve"), words)).result().amax(0)
         tokens, row = int(sizes[0]), int(sizes[1])
         self.backend.max_tokens = max(self.backend.max_tokens, tokens)
@@ -310,6 +311,12 @@ class Buffer(BufferCalls):
                 f"num_nvl_bytes={self.num_nvl_bytes} is too small for rows of {row_bytes} bytes from "
                 f"{self.group_size} ranks: grant at least {need} bytes, or 0 to reserve at first use"
             )
+
+
+def _run_in_mode(inference: bool, control: ControlPlane, run: Callable[[], Result]) -> Result:
+    """As :func:`_run_without_grad`, on another thread than the caller's, in whose mode its tensors may be written."""
+    with torch.inference_mode(inference):
+        return _run_without_grad(control, run)
 
 
 def _run_without_grad(control: ControlPlane, run: Callable[[], Result]) -> Result:

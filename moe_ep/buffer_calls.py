@@ -352,7 +352,7 @@ class BufferCalls:
         call = Call.of("dispatch", f"{spec.describe()}, {carried}")
         words = torch.cat(
             [
-                torch.tensor([request.rows.shape[0]]),
+                torch.tensor([request.rows.shape[0]], device="cpu"),
                 request.per_expert.to(device="cpu", dtype=torch.int64),
                 request.in_rank.sum(0).cpu(),
             ]

@@ -192,7 +192,7 @@ class TokenDispatcher(nn.Module):
         self._backend = backend
         self._expert_map = expert_map
         # NOTE: a plain attribute, not a parameter: it makes every exchange have a backward, and never gets a gradient.
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = _new_anchor()
         self._exchanger: Exchanger | None = None
         self._hooks: list[tuple[str, Callable[[PhaseEvent], Any]]] = []
         self._attach(group, buffer)
@@ -274,7 +274,7 @@ class TokenDispatcher(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenDispatcher:
         super()._apply(fn, recurse)
         # There is no parameter to tell, so a tensor without elements shows whether this is .to(dtype).
-        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         if dtype != self.dtype:
             self.dtype = dtype
             if self._exchanger is not None:
@@ -289,7 +289,7 @@ class TokenDispatcher(nn.Module):
         copy = self.__class__.__new__(self.__class__)
         memo[id(self)] = copy
         copy.__setstate__(self.__getstate__())
-        copy._anchor = torch.zeros((), requires_grad=True)
+        copy._anchor = _new_anchor()
         if self._exchanger is not None:
             source = self._exchanger
             copy._exchanger = Exchanger(source.buffer, source.spec, source.expert_map, source.validate)
@@ -491,6 +491,12 @@ class TokenDispatcher(nn.Module):
             overflow=overflow if self.capacity is not None else None,
             handle=DispatchHandle(tuple(tensors[:NUM_PLAN_TENSORS])),
         )
+
+
+def _new_anchor() -> Tensor:
+    # It outlives the caller's default device and inference mode, which models are constructed in.
+    with torch.inference_mode(False):
+        return torch.zeros((), device="cpu", requires_grad=True)
 
 
 def _on_one_device(first: object, *others: object) -> bool:

@@ -92,7 +92,8 @@ class Exchanger:
         self.overlap = False
         self._overflow: Overflow | None = None
         self.num_exchanges = 0
-        self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64)
+        with torch.inference_mode(False):
+            self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64, device="cpu")
 
     # Hooks
 

@@ -142,7 +142,8 @@ class Plan:
         """The plan as tensors alone, the form in which operators and autograd carry it."""
         scalars = [int(getattr(self, name)) for name in _SCALARS]
         flags = [int(getattr(self.place, name) is None) for name in _IDENTITY_FLAGS]
-        sizes = torch.tensor([*scalars, *flags, *self.send.send_counts, *self.recv_counts], dtype=torch.int64)
+        numbers = [*scalars, *flags, *self.send.send_counts, *self.recv_counts]
+        sizes = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         empty = self.send.send_src.new_empty(0)
         # NOTE: an operator may not return one tensor twice, so an absent or shared one is a tensor of its own.
         place = [getattr(self.place, name) for name in _IDENTITY_FLAGS]

@@ -113,7 +113,7 @@ def _dispatch_fake(
     rows, weights, topk_local = _fake_rows(x, topk_idx, topk_weights, spec)
     num_wire = size()
     plan = [
-        torch.empty(NUM_SCALARS + 2 * spec.num_ranks, dtype=torch.int64),
+        torch.empty(NUM_SCALARS + 2 * spec.num_ranks, dtype=torch.int64, device="cpu"),
         topk_idx.new_empty(num_wire),
         topk_idx.new_empty(topk_idx.shape[0] * topk_idx.shape[1]),
         topk_idx.new_empty(num_wire),

@@ -341,6 +341,16 @@ def test_runtime_and_local_memory() -> None:
     assert bool((whole.view(torch.uint8)[128:192] == 7).all())
 
 
+def exchange_in_inference_mode(ctx: RankContext) -> None:
+    with torch.inference_mode():
+        exchange(ctx, make_case(2), True)
+    exchange(ctx, make_case(2), True)
+
+
+def test_inference_mode(ranks: Ranks) -> None:
+    ranks(2, exchange_in_inference_mode)
+
+
 def rows_before(ctx: RankContext) -> None:
     case = make_case(4)
     buffer = Buffer(ctx.new_group(), ranks_per_node=2)

@@ -178,6 +178,36 @@ def test_rows_may_be_cast_for_the_wire(ranks: Ranks, shape: dict, tokens: tuple[
     ranks(2, cast_on_the_wire, case)
 
 
+def train_after(ctx: RankContext, mode: str) -> None:
+    """A dispatcher constructed, and first used, in a mode of the caller's trains outside of it."""
+    case = Case(tokens=(5, 4), num_experts=4, top_k=2)
+    x, (topk_idx, topk_weights) = case.x(ctx.rank), case.routing(ctx.rank)
+
+    def exchange(dispatcher: moe_ep.TokenDispatcher, asynchronous: bool) -> torch.Tensor:
+        if asynchronous:
+            routed = dispatcher.dispatch_async(x, topk_idx, topk_weights).wait()
+            return dispatcher.combine_async(routed.x, routed.handle, routed.weights).wait()
+        routed = dispatcher.dispatch(x, topk_idx, topk_weights)
+        return dispatcher.combine(routed.x, routed.handle, routed.weights)
+
+    entered = torch.inference_mode() if mode == "inference" else torch.device("meta")
+    with entered:
+        dispatcher = case.dispatcher(ctx.new_group())
+        first = [exchange(dispatcher, asynchronous) for asynchronous in (False, True)]
+    x.requires_grad_()
+    for asynchronous, out in zip((True, False), first, strict=True):
+        again = exchange(dispatcher, asynchronous)
+        assert torch.equal(again, out)
+        again.sum().backward()
+    assert dispatcher.stats()["tokens_per_expert"].sum() > 0
+    round_trip(ctx, case, dispatcher)
+
+
+@pytest.mark.parametrize("mode", ["inference", "default device"])
+def test_modes_of_the_caller_leave_no_trace(ranks: Ranks, mode: str) -> None:
+    ranks(2, train_after, mode)
+
+
 def read_timeouts(ctx: RankContext) -> list[float]:
     timeouts = [moe_ep.Buffer(ctx.new_group()).timeout_s]
     os.environ["MOE_EP_TIMEOUT_S"] = "7"

@@ -205,7 +205,7 @@ class ControlPlane:
         """
         self.check_usable()
         self.seq += 1
-        words = torch.empty(0, dtype=torch.int64) if words is None else words
+        words = torch.empty(0, dtype=torch.int64, device="cpu") if words is None else words
         if self.size == 1:
             return Opening(self, call, words, error, None, None)
         if error is not None:
@@ -214,7 +214,8 @@ class ControlPlane:
         if outbox is None:
             outbox = Outbox(None, [], self._own_inbox(), ENVELOPE_BYTES)
         enclosed = outbox.send is not None and error is None
-        head = torch.cat([torch.tensor(self._header(call, error, words.numel(), enclosed)), words]).to(torch.int32)
+        header = torch.tensor(self._header(call, error, words.numel(), enclosed), device="cpu")
+        head = torch.cat([header, words]).to(torch.int32)
         send, splits = self._address(head.view(torch.uint8), outbox if enclosed else None)
         strides = [outbox.stride] * self.size
         strides[self.rank] = 0
@@ -236,7 +237,8 @@ class ControlPlane:
     def _own_inbox(self) -> Tensor:
         # Pages that no message reaches take no memory.
         if self._inbox is None:
-            self._inbox = torch.empty((self.size - 1) * ENVELOPE_BYTES, dtype=torch.uint8)
+            with torch.inference_mode(False):
+                self._inbox = torch.empty((self.size - 1) * ENVELOPE_BYTES, dtype=torch.uint8, device="cpu")
         return self._inbox
 
     def conclude(self, opening: Opening) -> Answer:

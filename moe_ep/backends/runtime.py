@@ -78,7 +78,7 @@ class TorchRuntime:
                 "construct the Buffer with more bytes, or ask for less"
             )
         if use_rdma_buffer not in self._memory:
-            self._memory[use_rdma_buffer] = torch.zeros(total, dtype=torch.uint8)
+            self._memory[use_rdma_buffer] = torch.zeros(total, dtype=torch.uint8, device="cpu")
         return self._memory[use_rdma_buffer][offset : offset + count * dtype.itemsize].view(dtype)
 
     def get_comm_stream(self) -> torch.cuda.Stream | None:

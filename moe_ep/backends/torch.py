@@ -168,7 +168,7 @@ class TorchBackend:
 
     def count_words(self, topk_idx: Tensor, spec: ExchangeSpec) -> Tensor:
         """What other ranks must know of a set of tokens: [n] int64 on the CPU, read by ``Counted.from_table``."""
-        words = [torch.tensor([topk_idx.shape[0]]), count_choices(topk_idx, spec.num_experts).cpu()]
+        words = [torch.tensor([topk_idx.shape[0]], device="cpu"), count_choices(topk_idx, spec.num_experts).cpu()]
         if not spec.per_choice:
             words.append(tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks).sum(0).cpu())
         return torch.cat(words)

@@ -187,7 +187,9 @@ class Transport:
             return like.new_empty(num_rows, like.shape[1])  # torch keeps freed GPU memory by itself
         num_bytes = num_rows * like.shape[1] * like.itemsize
         if name not in self._memory or self._memory[name].numel() < num_bytes:
-            self._memory[name] = torch.empty(num_bytes, dtype=torch.uint8)
+            # Memory made in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                self._memory[name] = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         return self._memory[name][:num_bytes].view(like.dtype).view(num_rows, like.shape[1])
 
     def _all_to_all(self, out: Tensor, rows: Tensor, out_splits: list[int], splits: list[int]) -> None:
