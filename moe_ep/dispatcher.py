@@ -407,7 +407,7 @@ class TokenDispatcher(nn.Module):
 
         Returns:
             ``exchanges`` (number), ``tokens_per_expert`` (int64 [e] on the CPU: choices received), ``wait_seconds``
-            (spent by this rank waiting for payload and headers), ``wire_bytes`` (memory kept between exchanges, of which
+            (spent by this rank waiting for payload and headers), ``wire_bytes`` (memory kept between exchanges, where
             only pages that messages reached are resident); the last two for all dispatchers of the Buffer.
         """
         exchanger = self._live()
