@@ -105,6 +105,7 @@ class Buffer(BufferCalls):
         self.enable_mask = enable_mask if enable_shrink is None else enable_shrink
         self.max_tokens_per_rank = max_tokens_per_rank
         self._destroyed = False
+        self._dispatchers = 0
         self._executor: ThreadPoolExecutor | None = None
         self._last: Future | None = None
         self.control = ControlPlane(resolved, self.timeout_s)
@@ -164,6 +165,11 @@ class Buffer(BufferCalls):
             error = failure
         self.submit(lambda: self.control.agree(detail, error)).result()
 
+    def next_dispatcher(self) -> int:
+        """Number of a dispatcher being constructed, which is collective: the same on every rank."""
+        self._dispatchers += 1
+        return self._dispatchers
+
     def _check_arguments(self, backend: str, wrong_timeout: ValueError | None) -> None:
         if wrong_timeout is not None:
             raise wrong_timeout
@@ -219,6 +225,7 @@ class Buffer(BufferCalls):
     def reset(self) -> None:
         """Make the Buffer usable after a timeout or abort. Collective; handles made before become stale."""
         self.drain()
+        self._overflow = None
         self.control.reset()
         self.backend.reset()
 

@@ -75,9 +75,17 @@ class Exchanger:
         spec: the settings, compared among ranks by the dispatcher.
         expert_map: [E_logical, max_replicas] int32 physical ids, or None.
         validate: whether to read and check ids.
+        number: of the dispatcher that this one copies; None for a new one, which all ranks make together.
     """
 
-    def __init__(self, buffer: Buffer, spec: ExchangeSpec, expert_map: Tensor | None, validate: bool) -> None:
+    def __init__(
+        self,
+        buffer: Buffer,
+        spec: ExchangeSpec,
+        expert_map: Tensor | None,
+        validate: bool,
+        number: int | None = None,
+    ) -> None:
         self.buffer = buffer
         # A shared Buffer does not keep its group alive; what exchanges through it does.
         self.group = buffer.group
@@ -85,12 +93,15 @@ class Exchanger:
         self.expert_map = expert_map
         self.validate = validate
         self.layer: int | str | None = None
+        # The same on all ranks, and in copies: layers with equal settings must not be taken for one another.
+        self.number = buffer.next_dispatcher() if number is None else number
         self.id = register(self)
         self._hooks: dict[str, dict[int, Callable[[PhaseEvent], Any]]] = {phase: {} for phase in PHASES}
         self._next_hook = 0
         self._seq = 0
         self.overlap = False
         self._overflow: Overflow | None = None
+        self._overflow_incarnation = 0
         self.num_exchanges = 0
         with torch.inference_mode(False):
             self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64, device="cpu")
@@ -121,7 +132,8 @@ class Exchanger:
     def raise_overflow(self) -> None:
         """Raise, once, the CapacityError of an earlier exchange. All ranks see the same."""
         overflow, self._overflow = self._overflow, None
-        if overflow is not None:
+        # Ranks that failed in the overflowing exchange do not know of it; after reset() all are equal.
+        if overflow is not None and self._overflow_incarnation == self.buffer.control.incarnation:
             raise CapacityError(
                 f"routing needed {overflow.needed} rows on rank {overflow.rank}, its capacity gives {overflow.given}: "
                 'raise the capacity, balance the router, or use on_overflow="drop"; outputs since then are NaN',
@@ -180,7 +192,7 @@ class Exchanger:
             result = self.buffer.backend.dispatch(rows, scales, ids, topk_weights, planned, announce, spec, self.id)
             self.choices_received += result.groups.counts
             if result.plan.overflowed:
-                self._overflow = result.groups.overflow
+                self._overflow, self._overflow_incarnation = result.groups.overflow, control.incarnation
             return result
 
         return self._launch(run, error, _CPU if rows is None else rows.device)
@@ -318,7 +330,8 @@ class Exchanger:
 
     def _call(self, kind: str, spec: ExchangeSpec, serial: int, num_chunks: int = 1, fp8: bool = False) -> Call:
         digest, detail = _describe(spec)
-        return Call(kind, (digest + 31 * num_chunks + fp8) & 0x7FFFFFFF, serial, detail)
+        digest = (digest + 1_000_003 * self.number + 31 * num_chunks + fp8) & 0x7FFFFFFF
+        return Call(kind, digest, serial, f"dispatcher {self.number} of the Buffer, {detail}")
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
         # In the order of exchanges, so that all ranks raise at the same one.

@@ -120,6 +120,54 @@ def test_combines_of_different_layers_do_not_mix(ranks: Ranks) -> None:
     assert all("different exchanges" in text for text in ranks(3, swap_layers))
 
 
+def swap_dispatches(ctx: RankContext) -> str:
+    group = ctx.new_group()
+    layers = [CASE.dispatcher(group) for _ in range(2)]
+    mine = 1 if ctx.rank == 0 else 0
+    try:
+        layers[mine].dispatch(CASE.x(ctx.rank), *CASE.routing(ctx.rank))
+    except ExchangeMismatchError as error:
+        for layer in layers:
+            round_trip(ctx, CASE, layer)
+        return str(error)
+    return "accepted"
+
+
+def test_dispatches_of_different_layers_do_not_mix(ranks: Ranks) -> None:
+    for text in ranks(3, swap_dispatches):
+        assert "dispatcher 1 of the Buffer" in text
+        assert "dispatcher 2 of the Buffer" in text
+
+
+def overflow_on_some(ctx: RankContext) -> str:
+    """Rank 1 fails at the end of an exchange that overflows: it alone does not know of the overflow."""
+    dispatcher = CASE.dispatcher(ctx.new_group(), timeout_s=20, capacity=Capacity(per_expert=1))
+    x, (topk_idx, topk_weights) = CASE.x(ctx.rank), CASE.routing(ctx.rank)
+    backend = dispatcher.buffer.backend
+    real = backend.dispatch
+
+    def fail(*args: object) -> None:
+        real(*args)
+        raise MemoryError("no room")
+
+    if ctx.rank == 1:
+        backend.dispatch = fail
+    kind = "none"
+    try:
+        dispatcher.dispatch(x, topk_idx, topk_weights)
+    except MemoryError as error:
+        kind = type(error).__name__
+    backend.dispatch = real
+    dispatcher.reset()
+    nothing = torch.full_like(topk_idx, -1)
+    assert not dispatcher.dispatch(x, nothing, topk_weights).tokens_per_expert.any()
+    return kind
+
+
+def test_reset_forgets_an_overflow(ranks: Ranks) -> None:
+    assert ranks(3, overflow_on_some) == ["none", "MemoryError", "none"]
+
+
 def skip_one(ctx: RankContext) -> tuple[str, tuple[int, ...], str]:
     dispatcher = CASE.dispatcher(ctx.new_group(), timeout_s=2)
     round_trip(ctx, CASE, dispatcher)
