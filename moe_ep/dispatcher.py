@@ -292,9 +292,7 @@ class TokenDispatcher(nn.Module):
         copy._anchor = _new_anchor()
         if self._exchanger is not None:
             source = self._exchanger
-            copy._exchanger = Exchanger(
-                source.buffer, source.spec, source.expert_map, source.validate, source.number
-            )
+            copy._exchanger = Exchanger(source.buffer, source.spec, source.expert_map, source.validate, source.number)
             copy._id = copy._exchanger.id
         return copy
 

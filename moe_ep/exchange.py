@@ -149,11 +149,12 @@ class Exchanger:
         spec = self.spec
         error: Exception | None = None
         try:
-            if not chunks:
-                raise ValueError("plan got no chunks; pass at least one topk_idx")
+            if not isinstance(chunks, list | tuple) or not chunks:
+                raise ValueError(f"chunks is {type(chunks).__name__}; pass a list of at least one topk_idx")
             for topk_idx in chunks:
                 check_chunk(topk_idx, spec, self._num_ids(), self.validate)
-        except ValueError as failure:
+        # Here and below, whatever it is: peers wait for this rank's header.
+        except Exception as failure:
             error = failure
 
         def run() -> list[Counted]:
@@ -177,7 +178,7 @@ class Exchanger:
             check_routing(rows, topk_idx, topk_weights, spec, self._num_ids(), self.validate)
             if planned is not None:
                 self._check_planned(planned, topk_idx)
-        except ValueError as failure:
+        except Exception as failure:
             error = failure
 
         def run() -> Dispatch:
@@ -205,7 +206,7 @@ class Exchanger:
             if error is None:
                 check_layout_rows("y", y, plan, spec)
                 check_row_weights(row_weights, plan, spec)
-        except (ValueError, StaleHandleError) as failure:
+        except Exception as failure:
             error = failure
 
         def run() -> Tensor:
@@ -228,7 +229,7 @@ class Exchanger:
         try:
             if error is None:
                 check_rows("x", x, spec, plan.num_tokens)
-        except ValueError as failure:
+        except Exception as failure:
             error = failure
 
         def run() -> Tensor:
@@ -304,6 +305,8 @@ class Exchanger:
 
     def _check_planned(self, planned: Counted, topk_idx: Tensor) -> None:
         """Sizes on the wire follow from planned counts: those of other choices would tear the exchange apart."""
+        if not isinstance(planned, Counted):
+            raise ValueError(f"planned is {type(planned).__name__}; pass one entry of what plan() returned")
         rank = self.buffer.rank
         num_tokens = int(planned.tokens[rank])
         if num_tokens != topk_idx.shape[0]:

@@ -228,23 +228,32 @@ def test_a_plan_of_other_choices_is_refused(ranks: Ranks, kind: str) -> None:
             raise error
 
 
-def plan_badly(ctx: RankContext) -> Exception | None:
+def plan_badly(ctx: RankContext, fault: str) -> Exception | None:
     case = Case(tokens=(5, 5), num_experts=4, top_k=2)
-    dispatcher = case.dispatcher(ctx.group)
-    good, _ = case.routing(ctx.rank)
-    bad = good.clone()
-    bad[0] = 0
+    dispatcher = case.dispatcher(ctx.new_group(), timeout_s=20)
+    good, weights = case.routing(ctx.rank)
+    chunks, planned = [good], None
+    if fault == "all of them":
+        planned = dispatcher.plan(chunks)
+    if ctx.rank == 1 and fault == "repeated expert":
+        chunks = [torch.zeros_like(good)]
+    elif ctx.rank == 1 and fault == "no list":
+        chunks = good
     caught = None
     try:
-        dispatcher.plan([good, bad if ctx.rank == 1 else good])
+        if planned is None:
+            dispatcher.plan(chunks)
+        else:
+            dispatcher.dispatch(case.x(ctx.rank), good, weights, planned if ctx.rank == 1 else planned[0])
     except (ValueError, PeerAbortedError) as error:
         caught = error
     round_trip(ctx, case, dispatcher)
     return caught
 
 
-def test_a_bad_chunk_on_one_rank_ends_all(ranks: Ranks) -> None:
-    first, second = ranks(2, plan_badly)
+@pytest.mark.parametrize("fault", ["repeated expert", "no list", "all of them"])
+def test_a_bad_plan_on_one_rank_ends_all(ranks: Ranks, fault: str) -> None:
+    first, second = ranks(2, plan_badly, fault)
     assert isinstance(second, ValueError)
     assert isinstance(first, PeerAbortedError)
     assert first.rank == 1
