@@ -24,7 +24,7 @@ from moe_ep.backends.torch import Counted
 from moe_ep.buffer import Buffer, resolve_group
 from moe_ep.config import Capacity, ExchangeSpec, record_bytes
 from moe_ep.errors import StaleHandleError
-from moe_ep.exchange import Exchanger, HookHandle, PhaseEvent
+from moe_ep.exchange import Exchanger, HookHandle, PhaseEvent, allow_dtype
 from moe_ep.handle import NUM_PLAN_TENSORS, DispatchHandle
 from moe_ep.ops import extras_of
 
@@ -459,8 +459,7 @@ class TokenDispatcher(nn.Module):
         if not isinstance(x, Tensor) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return x
         dtype = torch.get_autocast_dtype(x.device.type)
-        if not torch.compiler.is_compiling():
-            self._live().allow_dtype(dtype)
+        allow_dtype(self._ready_id(), dtype)
         return x.to(dtype)
 
     def _tensors_of(self, handle: DispatchHandle) -> list[Tensor]:

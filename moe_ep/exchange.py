@@ -373,6 +373,14 @@ def _with_dtype(spec: ExchangeSpec, dtype: torch.dtype) -> ExchangeSpec:
     return dataclasses.replace(spec, dtype=dtype)
 
 
+def allow_dtype(exchanger_id: int, dtype: torch.dtype) -> None:
+    """Accept rows of an autocast dtype from now on; while tracing too, since graphs run with autocast off."""
+    lookup(exchanger_id).allow_dtype(dtype)
+
+
+# NOTE: torch.compiler.assume_constant_result, which runs it while tracing, would load the compiler at import.
+allow_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 _LIVE: weakref.WeakValueDictionary[int, Exchanger] = weakref.WeakValueDictionary()
 _next_id = 0
 

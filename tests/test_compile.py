@@ -82,6 +82,31 @@ def test_compiles_into_one_graph_on_two_ranks(ranks: Ranks, mode: str) -> None:
     assert all(count <= 3 for count in ranks(2, compile_on_ranks, mode, timeout=120))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(inside: bool) -> None:
+    case = make_case(1, tokens=(6,), dtype=torch.float32)
+    dispatcher = case.dispatcher(None)
+    x, (topk_idx, topk_weights) = case.x(0).requires_grad_(), case.routing(0)
+
+    def layer(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside or torch.is_autocast_enabled("cpu")):
+            routed = dispatcher.dispatch(x, topk_idx, topk_weights)
+            return dispatcher.combine(routed.x * 2, routed.handle, routed.weights)
+
+    torch._dynamo.reset()
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        out = run(x)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    compiled_grad, x.grad = x.grad, None
+    with torch.autocast("cpu", torch.bfloat16):
+        again = layer(x)
+    again.float().sum().backward()
+    assert torch.equal(out, again)
+    assert torch.equal(compiled_grad, x.grad)
+
+
 def compile_side_by_side(ctx: RankContext) -> list[int]:
     """Three layers that do not depend on each other; ranks compile them into different graphs."""
     torch._dynamo.reset()
