@@ -356,7 +356,8 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
 
 def _timeout(timeout_s: float | None) -> tuple[float, ValueError | None]:
     """Seconds, and what to raise where they were given wrongly; the default then bounds telling the peers."""
-    name, given = "timeout_s", timeout_s
+    name: str = "timeout_s"
+    given: str | float = 0.0 if timeout_s is None else timeout_s
     if timeout_s is None:
         name, given = "MOE_EP_TIMEOUT_S", os.environ.get("MOE_EP_TIMEOUT_S", _DEFAULT_TIMEOUT_S)
     try:
