@@ -107,7 +107,8 @@ class Buffer(BufferCalls):
         self._destroyed = False
         self._dispatchers = 0
         self._executor: ThreadPoolExecutor | None = None
-        self._last: Future | None = None
+        # Weak: a future holds what its exchange delivered. One that is gone was complete.
+        self._last: Callable[[], Future | None] = lambda: None
         self.control = ControlPlane(resolved, self.timeout_s)
         self.rank, self.group_size = self.control.rank, self.control.size
         self.ranks_per_node = self.group_size if ranks_per_node is None else ranks_per_node
@@ -192,12 +193,14 @@ class Buffer(BufferCalls):
         if self._executor is None:
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moe_ep")
         inference = torch.is_inference_mode_enabled()
-        self._last = self._executor.submit(_run_in_mode, inference, self.control, run)
-        return Job(self._last)
+        future = self._executor.submit(_run_in_mode, inference, self.control, run)
+        self._last = weakref.ref(future)
+        return Job(future)
 
     def run(self, run: Callable[[], Result]) -> Result:
         """Run an exchange now: on this thread when none is under way, which spares the hand-over."""
-        if self._last is not None and not self._last.done():
+        last = self._last()
+        if last is not None and not last.done():
             return self.submit(run).result()
         if self._destroyed:
             raise MoeEpError("this Buffer was destroyed: construct a new one")
@@ -211,8 +214,9 @@ class Buffer(BufferCalls):
 
     def drain(self) -> None:
         """Wait for every exchange issued so far; their errors stay with their jobs."""
-        if self._last is not None:
-            self._last.exception()
+        last = self._last()
+        if last is not None:
+            last.exception()
 
     def destroy(self) -> None:
         """Stop using the group. Not collective; needs ``explicitly_destroy=True``."""

@@ -1,5 +1,7 @@
 """TokenDispatcher: what arrives where, asynchronous forms, replays, repeatability."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -108,6 +110,23 @@ def overlap_many(ctx: RankContext) -> None:
 
 def test_any_number_of_exchanges_may_be_pending(ranks: Ranks) -> None:
     ranks(3, overlap_many)
+
+
+def forget_the_result(ctx: RankContext) -> bool:
+    case = Case(tokens=(5, 4), num_experts=4, top_k=2)
+    dispatcher = case.dispatcher(ctx.new_group())
+    jobs = []
+    real = dispatcher.buffer.submit
+    dispatcher.buffer.submit = lambda run: jobs.append(real(run)) or jobs[-1]
+    routed = dispatcher.dispatch_async(case.x(ctx.rank), *case.routing(ctx.rank)).wait()
+    result = weakref.ref(jobs.pop().result())
+    del routed
+    gc.collect()
+    return result() is None
+
+
+def test_a_result_goes_with_its_caller(ranks: Ranks) -> None:
+    assert ranks(2, forget_the_result) == [True, True]
 
 
 def drop_pending(ctx: RankContext) -> None:
