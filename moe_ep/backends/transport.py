@@ -199,8 +199,9 @@ class Transport:
         if out.device.type == "cpu":
             self.control.swap(out_bytes, row_bytes, out_splits, splits)
         elif group is not None and _supports(group, out.device):
-            work = dist.all_to_all_single(out_bytes, row_bytes, out_splits, splits, group=group, async_op=True)
-            self.control.wait(work)
+            # Only the stream waits: a wait with a bound blocks the host, and when the bound passes because work that
+            # was queued before still runs, NCCL breaks the caller's group. Its own watchdog ends an exchange.
+            dist.all_to_all_single(out_bytes, row_bytes, out_splits, splits, group=group)
         else:
             staged = torch.empty_like(out_bytes, device="cpu")
             self.control.swap(staged, row_bytes.cpu(), out_splits, splits)
