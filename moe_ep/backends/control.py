@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import time
 import zlib
 from typing import NoReturn
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from moe_ep.backends.trouble import TroubleReports
 from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError
 
 _MAGIC = 0x6D6F6531
@@ -30,8 +30,6 @@ HEADER_BYTES = 32
 # Latency rules up to about this size: on 2 cores, 4 ranks swap 2 KiB in 1.85 ms and 512 KiB in 1.86 ms.
 ENVELOPE_BYTES = 4 << 20
 _POLL_SECONDS = 0.1
-# How long survivors wait for each other's records before they call a rank missing.
-_ROLL_CALL_SECONDS = 2.0
 # Ranks come to a collective construction or reset at different times, however short exchanges must be.
 _CONNECT_SECONDS = 30.0
 
@@ -135,7 +133,6 @@ class ControlPlane:
         self.timeout_s = timeout_s
         self.incarnation = 0
         self.seq = 0
-        self.broken: str | None = None
         self._announced: Exception | None = None
         self.wait_seconds = 0.0
         self.ranks = [0] if group is None else dist.get_process_group_ranks(group)
@@ -155,10 +152,11 @@ class ControlPlane:
         self.group: dist.ProcessGroupGloo | None = None
         # NOTE: new memory for new connections: an exchange that failed may still be written to the old.
         self._inbox: Tensor | None = None
-        self.store: dist.Store | None = None
+        store = None
         if self._base_store is not None:
-            self.store = dist.PrefixStore(f"{self._number}/{self.incarnation}", self._base_store)
-            self.group = self._join(self.store)
+            store = dist.PrefixStore(f"{self._number}/{self.incarnation}", self._base_store)
+            self.group = self._join(store)
+        self._trouble = TroubleReports(store, self.rank, self.size)
 
     def _join(self, store: dist.Store) -> dist.ProcessGroupGloo:
         store.set(f"joining/{self.rank}", "")
@@ -179,7 +177,6 @@ class ControlPlane:
         self.incarnation += 1
         self.seq = 0
         self._connect()
-        self.broken = None
 
     def open(self, call: Call, words: Tensor | None = None, error: Exception | None = None) -> Tensor:
         """:meth:`begin` and :meth:`Opening.finish` in one, without payload; returns the table [R, n] of words."""
@@ -210,7 +207,7 @@ class ControlPlane:
             return Opening(self, call, words, error, None, None)
         if error is not None:
             self._announced = error
-            self._put("reason", f"{type(error).__name__}: {error}")
+            self._trouble.leave_note("reason", self.seq, f"{type(error).__name__}: {error}")
         if outbox is None:
             outbox = Outbox(None, [], self._own_inbox(), ENVELOPE_BYTES)
         enclosed = outbox.send is not None and error is None
@@ -296,23 +293,23 @@ class ControlPlane:
                     self._reap(work, failure)
                     break
                 if time.monotonic() - start > self.timeout_s + 1.0:
-                    self._roll_call(f"no answer for {self.timeout_s:g} s")
-                self._listen()
+                    self._trouble.call_roll(self.seq, f"no answer for {self.timeout_s:g} s")
+                self._trouble.listen(self.seq)
             else:
                 break
         self.wait_seconds += time.monotonic() - start
 
     def check_usable(self) -> None:
         """Raise MoeEpError when an earlier failure left this Buffer out of step with its peers."""
-        if self.broken is not None:
-            raise MoeEpError(f"this Buffer cannot be used after: {self.broken}; call reset() on all ranks first")
+        broken = self._trouble.broken
+        if broken is not None:
+            raise MoeEpError(f"this Buffer cannot be used after: {broken}; call reset() on all ranks first")
 
     def abort(self, error: BaseException) -> None:
         """Tell the peers that this rank failed between header and payload; they raise PeerAbortedError soon."""
         # NOTE: an error that went out with a header left all ranks in step.
-        if self.store is not None and self.broken is None and error is not self._announced:
-            self.broken = f"exchange {self.seq} failed on this rank ({type(error).__name__}: {error})"
-            self._record("aborted", f"{type(error).__name__}: {error}")
+        if error is not self._announced:
+            self._trouble.abort(self.seq, f"{type(error).__name__}: {error}")
 
     def _header(self, call: Call, error: Exception | None, num_words: int, enclosed: bool) -> list[int]:
         status = int(error is not None)
@@ -333,7 +330,7 @@ class ControlPlane:
             raise error
         for rank, header in enumerate(headers):
             if header[0] == _MAGIC and header[6] and rank != self.rank:
-                reason = self._get("reason", rank, header[1]) or "unknown"
+                reason = self._trouble.read_note("reason", header[1], rank) or "unknown"
                 raise PeerAbortedError(
                     f"rank {rank} raised instead of taking part in {call.kind} (exchange {self.seq}): {reason}",
                     rank=rank,
@@ -346,106 +343,21 @@ class ControlPlane:
 
     def _raise_mismatch(self, call: Call, other: int, mine: list[int], headers: list[list[int]]) -> NoReturn:
         # All ranks see the same headers, so all come here and all publish their side.
-        self._put("detail", call.detail)
+        self._trouble.leave_note("detail", self.seq, call.detail)
         theirs = headers[other]
-        detail = self._get("detail", other, theirs[1]) or ""
+        detail = self._trouble.read_note("detail", theirs[1], other) or ""
         raise ExchangeMismatchError(
             "ranks announce different exchanges: "
             f"rank {self.rank}: {_describe(mine)} [{call.detail}]; rank {other}: {_describe(theirs)} [{detail}]; "
             "every rank must use the same settings and issue the same exchanges in the same order"
         )
 
-    def _put(self, name: str, value: object) -> None:
-        if self.store is not None:
-            self.store.set(f"{name}/{self.incarnation}/{self.seq}/{self.rank}", str(value))
-
-    def _get(self, name: str, rank: int, seq: int) -> str | None:
-        if self.store is None:
-            return None
-        key = f"{name}/{self.incarnation}/{seq}/{rank}"
-        end = time.monotonic() + _ROLL_CALL_SECONDS
-        while time.monotonic() < end:
-            if self.store.check([key]):
-                return self.store.get(key).decode()
-            time.sleep(0.01)
-        return None
-
-    def _record(self, state: str, reason: object) -> None:
-        assert self.store is not None
-        record = {"seq": self.seq, "state": state, "reason": str(reason)}
-        self.store.set(f"trouble/{self.incarnation}/{self.rank}", json.dumps(record))
-        self.store.add(f"trouble/{self.incarnation}/count", 1)
-
-    def _records(self) -> dict[int, dict]:
-        assert self.store is not None
-        found = {}
-        for rank in range(self.size):
-            key = f"trouble/{self.incarnation}/{rank}"
-            if rank != self.rank and self.store.check([key]):
-                found[rank] = json.loads(self.store.get(key))
-        return found
-
-    def _listen(self) -> None:
-        """While waiting: has a peer reported trouble? Until reset() it takes part in no further exchange."""
-        assert self.store is not None
-        try:
-            if not self.store.add(f"trouble/{self.incarnation}/count", 0):
-                return
-            records = self._records()
-        except RuntimeError as failure:
-            self._roll_call(f"the group's store does not answer ({failure})")
-        self._raise_aborted(records)
-        if any(record["state"] == "stuck" for record in records.values()):
-            self._roll_call("a peer reported that it is stuck")
-
-    def _raise_aborted(self, records: dict[int, dict]) -> None:
-        for rank, record in records.items():
-            # One that failed after its payload had left lets this exchange end, and is missing from every later one.
-            if record["seq"] <= self.seq and record["state"] == "aborted":
-                self.broken = f"rank {rank} aborted exchange {record['seq']}"
-                raise PeerAbortedError(
-                    f"rank {rank} raised instead of taking part in exchange {self.seq}, or in exchange "
-                    f"{record['seq']} after its payload had left: {record['reason']}",
-                    rank=rank,
-                    reason=record["reason"],
-                )
-
     def _reap(self, work: dist.Work, failure: RuntimeError) -> None:
         """A completed collective after a failed wait: either it finished in between, or this raises."""
         try:
             work.wait()
         except RuntimeError as error:
-            self._roll_call(str(error).splitlines()[0], error)
-
-    def _roll_call(self, symptom: str, cause: Exception | None = None) -> NoReturn:
-        """Report this rank as stuck, see who else reports within two seconds, and name those who do not."""
-        self.broken = f"exchange {self.seq} failed ({symptom})"
-        missing: list[int] | None = None
-        try:
-            self._record("stuck", symptom)
-            end = time.monotonic() + _ROLL_CALL_SECONDS
-            while time.monotonic() < end:
-                records = self._records()
-                self._raise_aborted(records)
-                missing = [
-                    rank
-                    for rank in range(self.size)
-                    if rank != self.rank and (rank not in records or records[rank]["seq"] < self.seq)
-                ]
-                if not missing:
-                    break
-                time.sleep(0.05)
-        except RuntimeError as failure:
-            if isinstance(failure, MoeEpError):
-                raise
-            symptom += "; the group's store, which one rank or the launcher hosts, is gone as well"
-        named = tuple(missing or ())
-        who = f"rank(s) {', '.join(map(str, named))} missing or behind" if named else "no rank could be named"
-        raise PeerTimeoutError(
-            f"exchange {self.seq} of rank {self.rank} failed: {who} ({symptom}); "
-            "see those ranks' logs; raise timeout_s if they are only late; call reset() on all ranks to go on",
-            ranks=named,
-        ) from cause
+            self._trouble.call_roll(self.seq, str(error).splitlines()[0], error)
 
 
 def _describe(header: list[int]) -> str:
