@@ -1,15 +1,17 @@
 """Trouble between ranks: different settings, different order, death and lateness. Every rank ends and says why."""
 
+import gc
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from moe_ep import Capacity
+from moe_ep import Capacity, TokenDispatcher
 from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError, StaleHandleError
 from moe_ep.testing import RankContext, run_ranks
 from tests.checks import Case, check_dispatched, round_trip
@@ -344,3 +346,27 @@ def skip_a_wait(ctx: RankContext) -> tuple[bool, bool]:
 
 def test_a_skipped_wait_is_found(ranks: Ranks) -> None:
     assert ranks(3, skip_a_wait) == [(False, True), (True, True), (False, True)]
+
+
+class Ballast:
+    """Stands for tensors of a caller whose exchange was refused."""
+
+
+def refuse(dispatcher: TokenDispatcher, x: torch.Tensor, routing: tuple) -> weakref.ref:
+    ballast = Ballast()
+    with pytest.raises(ValueError, match="topk_idx"):
+        dispatcher.dispatch(x, routing[0] + 100, routing[1])
+    return weakref.ref(ballast)
+
+
+def let_go_of_refused(ctx: RankContext) -> bool:
+    dispatcher = CASE.dispatcher(ctx.new_group())
+    x, routing = CASE.x(ctx.rank), CASE.routing(ctx.rank)
+    ballast = refuse(dispatcher, x, routing)
+    gc.collect()
+    round_trip(ctx, CASE, dispatcher)
+    return ballast() is None
+
+
+def test_a_refused_exchange_keeps_nothing_of_its_caller(ranks: Ranks) -> None:
+    assert ranks(3, let_go_of_refused) == [True] * 3

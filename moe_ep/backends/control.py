@@ -206,7 +206,6 @@ class ControlPlane:
         if self.size == 1:
             return Opening(self, call, words, error, None, None)
         if error is not None:
-            self._announced = error
             self._trouble.leave_note("reason", self.seq, f"{type(error).__name__}: {error}")
         if outbox is None:
             outbox = Outbox(None, [], self._own_inbox(), ENVELOPE_BYTES)
@@ -306,9 +305,13 @@ class ControlPlane:
             raise MoeEpError(f"this Buffer cannot be used after: {broken}; call reset() on all ranks first")
 
     def abort(self, error: BaseException) -> None:
-        """Tell the peers that this rank failed between header and payload; they raise PeerAbortedError soon."""
+        """Tell the peers that this rank failed between header and payload; they raise PeerAbortedError soon.
+
+        Every error of an exchange that is not a MoeEpError must come here.
+        """
         # NOTE: an error that went out with a header left all ranks in step.
-        if error is not self._announced:
+        announced, self._announced = self._announced, None
+        if error is not announced:
             self._trouble.abort(self.seq, f"{type(error).__name__}: {error}")
 
     def _header(self, call: Call, error: Exception | None, num_words: int, enclosed: bool) -> list[int]:
@@ -327,6 +330,8 @@ class ControlPlane:
 
     def _compare(self, call: Call, headers: list[list[int]], error: Exception | None) -> None:
         if error is not None:
+            # Until abort() has seen it and no longer: its traceback holds the caller's tensors.
+            self._announced = None if isinstance(error, MoeEpError) else error
             raise error
         for rank, header in enumerate(headers):
             if header[0] == _MAGIC and header[6] and rank != self.rank:
