@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from moe_ep.backends.torch import Counted, Dispatch
+from moe_ep.config import FP8_DTYPE
 from moe_ep.events import Job
 from moe_ep.exchange import Exchanger
-from moe_ep.ops import once, weighted_grads
+from moe_ep.ops import filled, once, weighted_grads
 
 
 class DispatchExchange:
@@ -54,6 +55,10 @@ class DispatchExchange:
             job = self.exchanger.combine_grads(grads.contiguous(), weight_grads.contiguous(), plan_tensors)
         self.backward_job = job
         self.exchanger.fire("backward_dispatch_launched", self.backward_seq)
+
+    def row_dtype(self, rows: Tensor) -> torch.dtype:
+        """In which gradients of rows travel."""
+        return self.exchanger.spec.dtype if rows.dtype == FP8_DTYPE else rows.dtype
 
     def wait_backward(self) -> tuple[Tensor, Tensor]:
         """Gradients of x and topk_weights."""
@@ -114,18 +119,19 @@ class DispatchLaunch(torch.autograd.Function):
         exchange: DispatchExchange,
         planned: Counted | None,
         x: Tensor,
+        scales: Tensor | None,
         topk_idx: Tensor,
         topk_weights: Tensor,
         anchor: Tensor,
     ) -> Tensor:
         ctx.exchange = exchange  # type: ignore[attr-defined]
-        exchange.launch(x, topk_idx, topk_weights, planned)
+        exchange.launch(x if scales is None else (x, scales), topk_idx, topk_weights, planned)
         return torch.zeros((), device=x.device)
 
     @staticmethod
     def backward(ctx: Any, grad_token: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
         dx, dweights = ctx.exchange.wait_backward()
-        return None, None, once(dx, grad_token), None, once(dweights, grad_token), None
+        return None, None, once(dx, grad_token), None, None, once(dweights, grad_token), None
 
 
 class DispatchWait(torch.autograd.Function):
@@ -136,10 +142,16 @@ class DispatchWait(torch.autograd.Function):
         rows, weights = exchange.wait()
         ctx.exchange = exchange  # type: ignore[attr-defined]
         ctx.save_for_backward(*exchange.plan_tensors)
+        if rows.dtype == FP8_DTYPE:
+            # Rows that came as fp8 have no gradient; those of their weights travel home all the same.
+            ctx.mark_non_differentiable(rows)
+        ctx.set_materialize_grads(False)
+        ctx.like = (rows.shape, exchange.row_dtype(rows), weights.shape, weights.dtype, rows.device)  # type: ignore[attr-defined]
         return rows, weights
 
     @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]  # noqa: ANN401
+        grad_rows, grad_weights = filled(grads, ctx.like)
         ctx.exchange.launch_backward(grad_rows, grad_weights, list(ctx.saved_tensors))
         return None, once(grad_weights.new_zeros((), dtype=torch.float32), grad_rows, grad_weights)
 

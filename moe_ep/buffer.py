@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import weakref
@@ -20,11 +21,12 @@ from moe_ep.backends.runtime import TorchRuntime
 from moe_ep.backends.torch import TorchBackend
 from moe_ep.buffer_calls import BufferCalls
 from moe_ep.config import Config, record_bytes
-from moe_ep.errors import MoeEpError, NotBuiltError
+from moe_ep.errors import AgreedError, MoeEpError, NotBuiltError
 from moe_ep.events import EventHandle, EventOverlap, Job
 
 _LOGGER = logging.getLogger("moe_ep")
 _DEFAULT_TIMEOUT_S = 600.0
+_NUMBERS = itertools.count(1)
 # Any grant that holds this many rows per source works, in as many rounds as it takes.
 _LEAST_ROWS_PER_SOURCE = 64
 
@@ -105,6 +107,8 @@ class Buffer(BufferCalls):
         self.enable_mask = enable_mask if enable_shrink is None else enable_shrink
         self.max_tokens_per_rank = max_tokens_per_rank
         self._destroyed = False
+        # Handles carry it: an id() may come back.
+        self.number = next(_NUMBERS)
         self._dispatchers = 0
         self._executor: ThreadPoolExecutor | None = None
         # Weak: a future holds what its exchange delivered. One that is gone was complete.
@@ -178,6 +182,11 @@ class Buffer(BufferCalls):
             raise ValueError(f'backend={backend!r} must be "auto", "torch" or "cuda"')
         if backend == "cuda":
             _require_cuda()
+        if self.low_latency_mode:
+            raise NotBuiltError(
+                "low_latency_mode=True needs the low-latency family, which this version does not have: leave it False "
+                "and use dispatch and combine, or TokenDispatcher, for decoding as well"
+            )
         for name in ("num_nvl_bytes", "num_rdma_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 reserves at first use")
@@ -247,6 +256,7 @@ class Buffer(BufferCalls):
         sizes = self.submit(lambda: self.control.open(Call("reserve"), words)).result().amax(0)
         tokens, row = int(sizes[0]), int(sizes[1])
         self.backend.max_tokens = max(self.backend.max_tokens, tokens)
+        self.backend.reserved_tokens = max(self.backend.reserved_tokens, tokens)
         return self._exchange_bytes(tokens, row)
 
     def _exchange_bytes(self, tokens: int, row_bytes: int) -> int:
@@ -334,7 +344,7 @@ def _run_without_grad(control: ControlPlane, run: Callable[[], Result]) -> Resul
     with torch.no_grad():
         try:
             return run()
-        except MoeEpError:
+        except (MoeEpError, AgreedError):
             raise
         except BaseException as error:
             control.abort(error)

@@ -43,6 +43,7 @@ class BufferCalls:
     rank: int
     group_size: int
     ranks_per_node: int
+    number: int
     control: ControlPlane
     backend: TorchBackend
     submit: Callable[[Callable[[], Any]], Job]
@@ -329,7 +330,7 @@ class BufferCalls:
 
     def _plan_of(self, handle: BufferHandle) -> tuple[Plan, Exception | None]:
         plan = handle.plan
-        if plan.owner != id(self):
+        if plan.owner != self.number:
             return plan, StaleHandleError("the handle was made by another Buffer: pass one that this Buffer returned")
         if plan.incarnation != self.control.incarnation:
             return plan, StaleHandleError("the handle is from before reset(): dispatch again")
@@ -365,7 +366,7 @@ class BufferCalls:
     ) -> DispatchResult:
         assert request.topk_idx is not None
         spec, rows = request.spec, request.rows
-        prepared = self.backend.prepare(request.topk_idx, counted, spec, id(self))
+        prepared = self.backend.prepare(request.topk_idx, counted, spec, self.number)
         weight_bytes = 4 if request.topk_weights is None else request.topk_weights.itemsize
         plan = self.backend.make_plan(prepared, identity_places(rows.device), weight_bytes)
         if plan.overflowed:
@@ -395,7 +396,7 @@ class BufferCalls:
     def _dispatch_masked(
         self, request: _Request, counted: Counted, alignment: int, async_finish: bool
     ) -> DispatchResult:
-        plan = self.backend.plan_rows(request.in_rank, counted.rows, id(self))
+        plan = self.backend.plan_rows(request.in_rank, counted.rows, self.number)
         per_rank = request.spec.num_local_experts
         counts = counted.choices[:, self.rank * per_rank : (self.rank + 1) * per_rank].sum(0)
         ends = counts.cumsum(0)

@@ -123,7 +123,8 @@ class Capacity:
         rows: rows of ``Dispatched.x`` on each rank, shared by its experts.
         per_expert: rows of each expert, whose groups then start at fixed places.
         factor: as ``per_expert = ceil(factor * R * max_tokens * K / E)``, the share of an expert under even routing
-            times this factor (the capacity factor of GShard and Switch Transformer).
+            times this factor (the capacity factor of GShard and Switch Transformer). Without ``max_tokens_per_rank``
+            the largest T of the first exchange is taken, and a larger one later is a ValueError on all ranks.
 
     Raises:
         ValueError: unless exactly one field is given and positive.
@@ -142,10 +143,10 @@ class Capacity:
         if len(given) != 1:
             raise ValueError(f"Capacity got {sorted(given) or 'nothing'}: give exactly one of rows, per_expert, factor")
         ((name, value),) = given.items()
-        if value <= 0:
-            raise ValueError(f"Capacity {name}={value} must be positive")
-        if name != "factor" and int(value) != value:
-            raise ValueError(f"Capacity {name}={value} must be a whole number of rows")
+        if name != "factor" and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"Capacity {name}={value!r} must be an int, a number of rows")
+        if not 0 < value < math.inf:
+            raise ValueError(f"Capacity {name}={value} must be positive and finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

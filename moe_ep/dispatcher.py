@@ -24,8 +24,9 @@ from moe_ep.backends.torch import Counted
 from moe_ep.buffer import Buffer, resolve_group
 from moe_ep.config import Capacity, ExchangeSpec, record_bytes
 from moe_ep.errors import StaleHandleError
-from moe_ep.exchange import Exchanger, HookHandle, PhaseEvent, allow_dtype
+from moe_ep.exchange import Exchanger, allow_dtype
 from moe_ep.handle import NUM_PLAN_TENSORS, DispatchHandle
+from moe_ep.hooks import Hook, HookHandle
 from moe_ep.ops import extras_of
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -64,13 +65,10 @@ class Dispatched:
 class PendingDispatch:
     """A dispatch under way. Must not cross the border of an activation checkpoint."""
 
-    def __init__(
-        self, dispatcher: TokenDispatcher, exchange: DispatchExchange, token: Tensor, scaled: bool = False
-    ) -> None:
+    def __init__(self, dispatcher: TokenDispatcher, exchange: DispatchExchange, token: Tensor) -> None:
         self._dispatcher = dispatcher
         self._exchange = exchange
         self._token = token
-        self._scaled = scaled
         self._result: Dispatched | None = None
 
     def wait(self) -> Dispatched:
@@ -80,10 +78,7 @@ class PendingDispatch:
             CapacityError, PeerAbortedError, PeerTimeoutError, ExchangeMismatchError: what the exchange met.
         """
         if self._result is None:
-            if self._scaled:
-                rows, weights = self._exchange.wait()
-            else:
-                rows, weights = DispatchWait.apply(self._exchange, self._token)
+            rows, weights = DispatchWait.apply(self._exchange, self._token)
             result = self._exchange.result
             assert result is not None
             tensors = [*self._exchange.plan_tensors, *extras_of(result)]
@@ -194,7 +189,6 @@ class TokenDispatcher(nn.Module):
         # NOTE: a plain attribute, not a parameter: it makes every exchange have a backward, and never gets a gradient.
         self._anchor = _new_anchor()
         self._exchanger: Exchanger | None = None
-        self._hooks: list[tuple[str, Callable[[PhaseEvent], Any]]] = []
         self._attach(group, buffer)
 
     # Group
@@ -244,7 +238,8 @@ class TokenDispatcher(nn.Module):
         detail = f"{spec.describe()}, expert_map={replicas}"
         buffer.agree(detail, lambda: _check(spec, expert_map, self.num_sms))
         validate = buffer.backend_name == "torch" if self.validate is None else self.validate
-        self._exchanger = Exchanger(buffer, spec, expert_map, validate)
+        hooks = None if self._exchanger is None else self._exchanger.hooks
+        self._exchanger = Exchanger(buffer, spec, expert_map, validate, hooks=hooks)
         self._id = self._exchanger.id
 
     def _spec(self, num_ranks: int) -> ExchangeSpec:
@@ -283,7 +278,7 @@ class TokenDispatcher(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A group does not pickle; hooks are the caller's closures.
-        return {**self.__dict__, "_exchanger": None, "_id": 0, "_hooks": []}
+        return {**self.__dict__, "_exchanger": None, "_id": 0}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenDispatcher:
         copy = self.__class__.__new__(self.__class__)
@@ -353,16 +348,23 @@ class TokenDispatcher(nn.Module):
     def dispatch_async(
         self, x: Rows, topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None = None
     ) -> PendingDispatch:
-        """As :meth:`dispatch`, returning at once; work created before ``.wait()`` runs beside it, also in backward."""
+        """As :meth:`dispatch`, returning at once; work created before ``.wait()`` runs beside it, also in backward.
+
+        NOTE: x, topk_idx and topk_weights must not be changed in place before ``.wait()``.
+        """
         exchange = DispatchExchange(self._live())
-        if isinstance(x, tuple):
+        if isinstance(x, tuple) and len(x) != 2:
+            # Refused by name, after the peers were told.
             exchange.launch(x, topk_idx, topk_weights, planned)
-            return PendingDispatch(self, exchange, self._anchor, scaled=True)
-        token = DispatchLaunch.apply(exchange, planned, self._cast(x), topk_idx, topk_weights, self._anchor)
+        rows, scales = x if isinstance(x, tuple) else (self._cast(x), None)
+        token = DispatchLaunch.apply(exchange, planned, rows, scales, topk_idx, topk_weights, self._anchor)
         return PendingDispatch(self, exchange, token)
 
     def combine_async(self, y: Tensor, handle: DispatchHandle, weights: Tensor | None = None) -> PendingCombine:
-        """As :meth:`combine`, returning at once; work created before ``.wait()`` runs beside it, also in backward."""
+        """As :meth:`combine`, returning at once; work created before ``.wait()`` runs beside it, also in backward.
+
+        NOTE: y and weights must not be changed in place before ``.wait()``.
+        """
         exchange = CombineExchange(self._live(), self._tensors_of(handle))
         return PendingCombine(exchange, CombineLaunch.apply(exchange, self._cast(y), weights, self._anchor))
 
@@ -379,7 +381,7 @@ class TokenDispatcher(nn.Module):
 
     # Hooks and state
 
-    def register_hook(self, phase: str, fn: Callable[[PhaseEvent], Any]) -> HookHandle:
+    def register_hook(self, phase: str, fn: Hook) -> HookHandle:
         """Call ``fn(PhaseEvent)`` on the host when a phase is reached.
 
         Args:
@@ -390,7 +392,7 @@ class TokenDispatcher(nn.Module):
         Returns:
             A handle with ``remove()``.
         """
-        return self._live().register_hook(phase, fn)
+        return self._live().hooks.register(phase, fn)
 
     def check(self) -> None:
         """Wait for exchanges under way and raise the CapacityError of one that overflowed, on all ranks."""
@@ -458,6 +460,8 @@ class TokenDispatcher(nn.Module):
         # NOTE: asking about autocast on meta raises; such rows are refused later, by name.
         if not isinstance(x, Tensor) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return x
+        if x.dtype == torch.float64:
+            return x  # as in torch's own autocast
         dtype = torch.get_autocast_dtype(x.device.type)
         allow_dtype(self._ready_id(), dtype)
         return x.to(dtype)

@@ -68,6 +68,10 @@ class StaleHandleError(MoeEpError):
     """A handle of another dispatcher, group or device, or from before ``reset()``."""
 
 
+class AgreedError(ValueError):
+    """A wrong argument that every rank sees in the exchanged counts, so that all raise and none must be told."""
+
+
 def _rebuild(kind: type, message: str, attributes: dict) -> MoeEpError:
     # NOTE: exceptions with keyword-only arguments do not unpickle by themselves, and errors cross process borders.
     return kind(message, **attributes)

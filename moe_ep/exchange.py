@@ -20,51 +20,14 @@ from moe_ep.backends.control import Call
 from moe_ep.backends.torch import Announce, Counted, Dispatch
 from moe_ep.buffer import Buffer
 from moe_ep.config import ExchangeSpec
-from moe_ep.errors import CapacityError, StaleHandleError
+from moe_ep.errors import AgreedError, CapacityError, StaleHandleError
 from moe_ep.events import Job
 from moe_ep.handle import Overflow, Plan
+from moe_ep.hooks import Hooks
 from moe_ep.plan import logical_to_physical
 from moe_ep.validate import check_chunk, check_layout_rows, check_routing, check_row_weights, check_rows
 
-PHASES = tuple(
-    prefix + phase
-    for prefix in ("", "backward_")
-    for phase in ("dispatch_launched", "dispatch_ready", "combine_launched", "combine_ready")
-)
-
-
 _CPU = torch.device("cpu")
-
-
-@dataclasses.dataclass(frozen=True)
-class PhaseEvent:
-    """What a hook is told.
-
-    Attributes:
-        phase: one of ``PHASES``; ``backward_dispatch_*`` is the reversed exchange of dispatch.
-        layer: the dispatcher's ``layer``.
-        seq: number of the exchange among those of this dispatcher, the same on every rank.
-        stream: the communication stream, or None on a CPU.
-        recompute: whether a forward phase runs again under activation checkpointing.
-    """
-
-    phase: str
-    layer: int | str | None
-    seq: int
-    stream: object | None
-    recompute: bool
-
-
-class HookHandle:
-    """Removes its hook."""
-
-    def __init__(self, hooks: dict[int, Callable[[PhaseEvent], Any]], key: int) -> None:
-        self._hooks = hooks
-        self._key = key
-
-    def remove(self) -> None:
-        """Take the hook out; doing so twice is fine."""
-        self._hooks.pop(self._key, None)
 
 
 class Exchanger:
@@ -76,6 +39,7 @@ class Exchanger:
         expert_map: [E_logical, max_replicas] int32 physical ids, or None.
         validate: whether to read and check ids.
         number: of the dispatcher that this one copies; None for a new one, which all ranks make together.
+        hooks: to go on with; None for none yet.
     """
 
     def __init__(
@@ -85,6 +49,7 @@ class Exchanger:
         expert_map: Tensor | None,
         validate: bool,
         number: int | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         self.buffer = buffer
         # A shared Buffer does not keep its group alive; what exchanges through it does.
@@ -96,9 +61,9 @@ class Exchanger:
         # The same on all ranks, and in copies: layers with equal settings must not be taken for one another.
         self.number = buffer.next_dispatcher() if number is None else number
         self.id = register(self)
-        self._hooks: dict[str, dict[int, Callable[[PhaseEvent], Any]]] = {phase: {} for phase in PHASES}
-        self._next_hook = 0
+        self.hooks = Hooks() if hooks is None else hooks
         self._seq = 0
+        self._first_tokens: int | None = None
         self.overlap = False
         self._overflow: Overflow | None = None
         self._overflow_incarnation = 0
@@ -106,26 +71,10 @@ class Exchanger:
         with torch.inference_mode(False):
             self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64, device="cpu")
 
-    # Hooks
-
-    def register_hook(self, phase: str, fn: Callable[[PhaseEvent], Any]) -> HookHandle:
-        """Call ``fn(PhaseEvent)`` on the host whenever ``phase`` is reached, in eager mode."""
-        if phase not in self._hooks:
-            raise ValueError(f"phase={phase!r} must be one of {', '.join(PHASES)}")
-        self._next_hook += 1
-        self._hooks[phase][self._next_hook] = fn
-        return HookHandle(self._hooks[phase], self._next_hook)
-
     def fire(self, phase: str, seq: int) -> None:
         """Run the hooks of a phase; what they raise is raised here."""
-        hooks = self._hooks[phase]
-        if not hooks:
-            return
-        # A forward exchange inside a running backward is one that checkpointing repeats.
-        recompute = not phase.startswith("backward_") and torch._C._current_graph_task_id() != -1
-        event = PhaseEvent(phase, self.layer, seq, self.buffer.get_comm_stream(), recompute)
-        for fn in list(hooks.values()):
-            fn(event)
+        if self.hooks.any(phase):
+            self.hooks.fire(phase, self.layer, seq, self.buffer.get_comm_stream())
 
     # Overflow
 
@@ -190,7 +139,9 @@ class Exchanger:
             ids = self._physical(topk_idx)
             words = self.buffer.backend.count_words(ids, spec) if planned is None else None
             announce = functools.partial(control.begin, call, words, None)
-            result = self.buffer.backend.dispatch(rows, scales, ids, topk_weights, planned, announce, spec, self.id)
+            result = self.buffer.backend.dispatch(
+                rows, scales, ids, topk_weights, planned, announce, self._agree_tokens, spec, self.id
+            )
             self.choices_received += result.groups.counts
             if result.plan.overflowed:
                 self._overflow, self._overflow_incarnation = result.groups.overflow, control.incarnation
@@ -302,6 +253,23 @@ class Exchanger:
         if plan.incarnation != self.buffer.control.incarnation:
             return plan, StaleHandleError("the handle is from before reset(): dispatch again")
         return plan, None
+
+    def _agree_tokens(self, largest: int) -> int:
+        """The T that ``Capacity(factor=...)`` is meant for: given, or that of the first exchange; never larger later.
+
+        Sizes must not depend on what came in between: a recomputed forward has to equal the first.
+        """
+        spec = self.spec
+        if spec.max_tokens_per_rank is not None:
+            return spec.max_tokens_per_rank
+        if self._first_tokens is None:
+            self._first_tokens = max(largest, self.buffer.backend.reserved_tokens)
+        if spec.capacity is not None and spec.capacity.factor is not None and largest > self._first_tokens:
+            raise AgreedError(
+                f"a rank sends {largest} tokens, but Capacity(factor=...) was sized for {self._first_tokens} at the "
+                "first exchange: pass max_tokens_per_rank, the largest number of tokens that any rank will send"
+            )
+        return self._first_tokens
 
     def _check_planned(self, planned: Counted, topk_idx: Tensor) -> None:
         """Sizes on the wire follow from planned counts: those of other choices would tear the exchange apart."""

@@ -188,6 +188,25 @@ def once(grad: Tensor, *origins: Tensor) -> Tensor:
     return _Once.apply(grad, *origins) if torch.is_grad_enabled() else grad
 
 
+def filled(
+    grads: tuple[Tensor | None, ...],
+    like: tuple[torch.Size, torch.dtype, torch.Size, torch.dtype, torch.device],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and weights, zeros where an output was not used: the exchange takes place all the same.
+
+    Args:
+        grads: of rows and weights, and of outputs that have none.
+        like: shape and dtype of the rows' gradient, of the weights', and their device.
+    """
+    rows, weights = grads[:2]
+    rows_shape, rows_dtype, weights_shape, weights_dtype, device = like
+    if rows is None:
+        rows = torch.zeros(rows_shape, dtype=rows_dtype, device=device)
+    if weights is None:
+        weights = torch.zeros(weights_shape, dtype=weights_dtype, device=device)
+    return rows, weights
+
+
 class _Dispatch(torch.autograd.Function):
     """Dispatch with its gradient; the list of the operator is flat here."""
 
@@ -203,12 +222,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]  # noqa: ANN401
-        rows_shape, rows_dtype, weights_shape, weights_dtype, device = ctx.like
-        rows, weights = grads[:2]
-        if rows is None:
-            rows = torch.zeros(rows_shape, dtype=rows_dtype, device=device)
-        if weights is None:
-            weights = torch.zeros(weights_shape, dtype=weights_dtype, device=device)
+        rows, weights = filled(grads, ctx.like)
         dx, dweights = _OPS.combine_grads(rows, weights, list(ctx.saved_tensors), ctx.dispatcher_id)
         return once(dx, rows, weights), None, once(dweights, rows, weights), None, None
 

@@ -143,3 +143,14 @@ def test_what_a_hook_raises_is_raised_there(ranks: Ranks) -> None:
         assert "said by the hook at dispatch_ready" in first
         assert "dispatch_done" in second
         assert "dispatch_launched" in second
+
+
+def test_hooks_stay_when_the_group_is_set() -> None:
+    case = Case(tokens=(5,))
+    dispatcher, phases = case.dispatcher(None), []
+    handle = dispatcher.register_hook("dispatch_ready", lambda event: phases.append(event.phase))
+    dispatcher.set_group(None)
+    dispatcher.dispatch(case.x(0), *case.routing(0))
+    handle.remove()
+    dispatcher.dispatch(case.x(0), *case.routing(0))
+    assert phases == ["dispatch_ready"]

@@ -10,8 +10,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import moe_ep
+from moe_ep import Capacity, TokenDispatcher
 from moe_ep.errors import MoeEpError
-from moe_ep.testing import RankContext
+from moe_ep.testing import RankContext, make_routing
 from tests.checks import (
     Case,
     flat_rows,
@@ -241,3 +242,54 @@ def copy_and_reattach(ctx: RankContext) -> str:
 
 def test_a_copy_works_once_its_group_is_set(ranks: Ranks) -> None:
     ranks(2, copy_and_reattach)
+
+
+def fp8_weights(ctx: RankContext) -> None:
+    dispatcher = TokenDispatcher(
+        ctx.group, num_experts=4, hidden_size=128, top_k=2, dtype=torch.float32, weights="experts"
+    )
+    topk_idx, weights = make_routing(6 * ctx.rank, 2, 4, kind="uniform", seed=ctx.rank)
+    weights.requires_grad_()
+    rows = torch.ones(topk_idx.shape[0], 128).to(torch.float8_e4m3fn)
+    routed = dispatcher.dispatch((rows, torch.ones(topk_idx.shape[0], 1)), topk_idx, weights)
+    assert not routed.x.requires_grad
+    y = routed.x.float() * routed.weights.unsqueeze(1)
+    dispatcher.combine(y, routed.handle).sum().backward()
+    # Each row of ones adds its weight to 128 channels.
+    assert torch.equal(weights.grad, torch.full_like(weights, 128.0))
+
+
+def test_fp8_rows_pass_the_gradient_of_their_weights(ranks: Ranks) -> None:
+    ranks(2, fp8_weights)
+
+
+def outgrow_factor(ctx: RankContext) -> tuple[list[int], str]:
+    group = ctx.new_group()
+    dispatcher = TokenDispatcher(
+        group, num_experts=4, hidden_size=8, top_k=2, dtype=torch.float32, capacity=Capacity(factor=2.0)
+    )
+    other = TokenDispatcher(group, num_experts=4, hidden_size=8, top_k=2, dtype=torch.float32)
+    sizes, text = [], ""
+    for exchanger, tokens in ((dispatcher, 6), (other, 50), (dispatcher, 3), (dispatcher, 7), (dispatcher, 6)):
+        own = tokens - ctx.rank
+        topk_idx, weights = make_routing(own, 2, 4, kind="uniform", seed=ctx.rank)
+        try:
+            routed = exchanger.dispatch(torch.ones(own, 8), topk_idx, weights)
+        except ValueError as error:
+            text = str(error)
+        else:
+            sizes += [routed.num_rows] if exchanger is dispatcher else []
+    return sizes, text
+
+
+def test_a_capacity_factor_keeps_the_tokens_of_the_first_exchange(ranks: Ranks) -> None:
+    for sizes, text in ranks(2, outgrow_factor):
+        # ceil(2.0 * R * T * K / E) rows for each of e = 2 experts, T = 6, whatever came in between.
+        assert sizes == [2 * 12] * 3
+        assert "7 tokens" in text
+        assert "max_tokens_per_rank" in text
+
+
+def test_low_latency_mode_is_refused() -> None:
+    with pytest.raises(moe_ep.errors.NotBuiltError, match="low-latency"):
+        moe_ep.Buffer(None, low_latency_mode=True)

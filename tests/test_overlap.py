@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import moe_ep
-from moe_ep.exchange import PHASES
+from moe_ep.hooks import PHASES
 from moe_ep.testing import RankContext
 from tests.checks import Case
 from tests.sharded import (

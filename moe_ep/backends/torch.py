@@ -153,6 +153,7 @@ class TorchBackend:
         self.control = control
         self.transport = Transport(control, group)
         self.max_tokens = 0
+        self.reserved_tokens = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -183,6 +184,7 @@ class TorchBackend:
         topk_weights: Tensor | None,
         planned: Counted | None,
         announce: Announce,
+        agree_tokens: Callable[[int], int],
         spec: ExchangeSpec,
         owner: int,
     ) -> Dispatch:
@@ -195,13 +197,15 @@ class TorchBackend:
             topk_weights: [T, K] fp32 or fp64, or None.
             planned: counts that were exchanged before, or None.
             announce: begins the exchange, with the words of ``count_words`` unless ``planned``.
+            agree_tokens: given the largest T of this exchange, says which T a capacity is meant for; may raise.
             spec: the settings.
             owner: id stored in the plan.
         """
         if spec.capacity is not None:
             answer = announce(None).finish()
             counted = Counted.from_table(answer.table, spec) if planned is None else planned
-            prepared = self.prepare(topk_idx, counted, spec, owner)
+            max_tokens = agree_tokens(int(counted.tokens.max()))
+            prepared = self.prepare(topk_idx, counted, spec, owner, max_tokens=max_tokens)
             return self.move(x, scales, topk_weights, prepared)
         # Without a capacity the source's half needs nobody's counts: rows travel with their own.
         send = self.plan_send(topk_idx, spec)
@@ -219,7 +223,13 @@ class TorchBackend:
         return plan_send_per_rank(in_rank, in_rank.sum(0).tolist(), topk_idx, spec.num_experts)
 
     def prepare(
-        self, topk_idx: Tensor, counted: Counted, spec: ExchangeSpec, owner: int, send: SendPlan | None = None
+        self,
+        topk_idx: Tensor,
+        counted: Counted,
+        spec: ExchangeSpec,
+        owner: int,
+        send: SendPlan | None = None,
+        max_tokens: int = 0,
     ) -> Prepared:
         """What of a dispatch follows from the counts: capacity and sizes.
 
@@ -229,11 +239,10 @@ class TorchBackend:
             spec: the settings.
             owner: id stored in the plan.
             send: the source's half where it is made already, which a capacity does not allow.
+            max_tokens: tokens per rank that ``Capacity(factor=...)`` is meant for.
         """
         rank = self.control.rank
         self.max_tokens = max(self.max_tokens, int(counted.tokens.max()))
-        # What other dispatchers of this Buffer have seen must not change the sizes of one that said its own.
-        max_tokens = spec.max_tokens_per_rank or self.max_tokens
         kept, per_expert, overflow = fit_capacity(counted.choices, counted.rows, spec, max_tokens)
         rows_per_rank = counted.rows
         if overflow is not None:
