@@ -194,7 +194,8 @@ class ControlPlane:
         Args:
             call: what follows.
             words: [n] integers >= 0 below 2**31 for every rank, the same n on all ranks (checked through the digest).
-            error: what this rank must raise instead of taking part; ``finish`` raises it, after the others were told.
+            error: what this rank must raise instead of taking part; ``finish`` raises it, after the others were told;
+                a ValueError takes its place where words are more than an envelope holds.
             outbox: payload to send along.
 
         Raises:
@@ -205,6 +206,12 @@ class ControlPlane:
         words = torch.empty(0, dtype=torch.int64, device="cpu") if words is None else words
         if self.size == 1:
             return Opening(self, call, words, error, None, None)
+        most = (ENVELOPE_BYTES - HEADER_BYTES) // 4
+        if words.numel() > most:
+            error = error or ValueError(
+                f"this {call.kind} announces {words.numel()} counts per rank, {most} fit: plan fewer chunks at a time"
+            )
+            words = words[:0]
         if error is not None:
             self._trouble.leave_note("reason", self.seq, f"{type(error).__name__}: {error}")
         if outbox is None:
