@@ -370,3 +370,46 @@ def let_go_of_refused(ctx: RankContext) -> bool:
 
 def test_a_refused_exchange_keeps_nothing_of_its_caller(ranks: Ranks) -> None:
     assert ranks(3, let_go_of_refused) == [True] * 3
+
+
+def reset_without_one(ctx: RankContext, moment: str) -> tuple[str, tuple[int, ...], int]:
+    dispatcher = CASE.dispatcher(ctx.new_group())
+    x, routing = CASE.x(ctx.rank), CASE.routing(ctx.rank)
+    control = dispatcher.buffer.control
+    rendezvous = control._rendezvous
+    assert rendezvous is not None
+    # Peers that are late shall not need the 30 s that ranks have to come together.
+    rendezvous._seconds = 1.0
+    named, refused, stale = (), "", dispatcher.dispatch(x, *routing)
+    connect = rendezvous.connect
+    if ctx.rank == 2 and moment == "before connecting":
+
+        def fail(attempt: int) -> None:
+            raise PeerTimeoutError("no descriptors left", ranks=(2,))
+
+        rendezvous.connect = fail
+    if ctx.rank != 2 or moment == "before connecting":
+        try:
+            dispatcher.reset()
+        except PeerTimeoutError as error:
+            named = error.ranks
+        try:
+            dispatcher.dispatch(x, *routing)
+        except MoeEpError as error:
+            refused = str(error)
+    rendezvous.connect, rendezvous._seconds = connect, 20.0
+    dist.barrier(group=ctx.group)
+    dispatcher.reset()
+    with pytest.raises((StaleHandleError, PeerAbortedError)):
+        dispatcher.combine(stale.x, stale.handle, stale.weights)
+    round_trip(ctx, CASE, dispatcher)
+    return refused, named, control.incarnation
+
+
+@pytest.mark.parametrize("moment", ["before all", "before connecting"])
+def test_a_reset_that_failed_can_be_tried_again(ranks: Ranks, moment: str) -> None:
+    results = ranks(3, reset_without_one, moment)
+    for refused, named, _ in results[:2]:
+        assert named == (2,)
+        assert "call reset() on all ranks" in refused
+    assert len({incarnation for *_, incarnation in results}) == 1

@@ -22,16 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from moe_ep.backends.rendezvous import Rendezvous
 from moe_ep.backends.trouble import TroubleReports
-from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError
+from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError
 
 _MAGIC = 0x6D6F6531
 HEADER_BYTES = 32
 # Latency rules up to about this size: on 2 cores, 4 ranks swap 2 KiB in 1.85 ms and 512 KiB in 1.86 ms.
 ENVELOPE_BYTES = 4 << 20
 _POLL_SECONDS = 0.1
-# Ranks come to a collective construction or reset at different times, however short exchanges must be.
-_CONNECT_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +137,12 @@ class ControlPlane:
         self.ranks = [0] if group is None else dist.get_process_group_ranks(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = len(self.ranks)
-        self._number = 0
-        self._base_store: dist.Store | None = None
+        self._rendezvous: Rendezvous | None = None
         if group is not None and self.size > 1:
-            self._base_store = dist.PrefixStore("moe_ep", distributed_c10d._get_process_group_store(group))
+            store = dist.PrefixStore("moe_ep", distributed_c10d._get_process_group_store(group))
             # Constructing is collective, so each rank's own count of its planes in this group is the same number.
-            self._number = self._base_store.add(f"planes/{self.rank}", 1)
+            number = store.add(f"planes/{self.rank}", 1)
+            self._rendezvous = Rendezvous(dist.PrefixStore(str(number), store), self.rank, self.size, timeout_s)
         self._connect()
 
     def _connect(self) -> None:
@@ -152,29 +151,20 @@ class ControlPlane:
         self.group: dist.ProcessGroupGloo | None = None
         # NOTE: new memory for new connections: an exchange that failed may still be written to the old.
         self._inbox: Tensor | None = None
-        store = None
-        if self._base_store is not None:
-            store = dist.PrefixStore(f"{self._number}/{self.incarnation}", self._base_store)
-            self.group = self._join(store)
+        store: dist.Store | None = None
+        if self._rendezvous is not None:
+            store, self.group = self._rendezvous.connect(self.incarnation)
         self._trouble = TroubleReports(store, self.rank, self.size)
 
-    def _join(self, store: dist.Store) -> dist.ProcessGroupGloo:
-        store.set(f"joining/{self.rank}", "")
-        timeout = datetime.timedelta(seconds=max(self.timeout_s, _CONNECT_SECONDS))
-        try:
-            return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self.rank, self.size, timeout)
-        except RuntimeError as failure:
-            missing = tuple(rank for rank in range(self.size) if not store.check([f"joining/{rank}"]))
-            raise PeerTimeoutError(
-                f"rank {self.rank} could not connect to all {self.size} ranks within {timeout.total_seconds():g} s: "
-                f"rank(s) {', '.join(map(str, missing)) or 'unknown'} missing; all ranks of the group must "
-                "construct, and must reset(), together",
-                ranks=missing,
-            ) from failure
-
     def reset(self) -> None:
-        """Start afresh over new connections. Collective: all ranks must call it, and be alive."""
-        self.incarnation += 1
+        """Start afresh over new connections. Collective: all ranks must call it, and be alive.
+
+        Raises:
+            PeerTimeoutError: when ranks do not come; this Buffer stays unusable, and all ranks may try again.
+        """
+        self._trouble.broken = "a reset() that did not end"
+        attempt = self.incarnation + 1
+        self.incarnation = attempt if self._rendezvous is None else self._rendezvous.meet(attempt)
         self.seq = 0
         self._connect()
 
