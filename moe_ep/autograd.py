@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from moe_ep.backends.torch import Counted, Dispatch
+from moe_ep.backends.types import Counted, Dispatch
 from moe_ep.config import FP8_DTYPE
 from moe_ep.events import Job
 from moe_ep.exchange import Exchanger

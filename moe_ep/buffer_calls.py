@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,29 +11,17 @@ from torch import Tensor
 
 from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.place import identity_places
-from moe_ep.backends.torch import Counted, TorchBackend
-from moe_ep.config import FP8_DTYPE, Capacity, Config, ExchangeSpec
+from moe_ep.backends.torch import TorchBackend
+from moe_ep.backends.types import Counted
+from moe_ep.buffer_checks import UNSPECIFIED, Request, Rows, check_again, check_combine, check_events, check_request
+from moe_ep.config import Config
 from moe_ep.errors import CapacityError, MoeEpError, StaleHandleError
 from moe_ep.events import EventOverlap, Job
 from moe_ep.handle import BufferHandle, Groups, Overflow, Plan
 from moe_ep.plan import count_choices, tokens_in_rank
-from moe_ep.validate import check_ids, check_routing, check_row_dtype, check_rows, check_tensor
+from moe_ep.validate import check_ids, check_tensor
 
-Rows = Tensor | tuple[Tensor, Tensor]
 DispatchResult = tuple[Rows, Tensor | None, Tensor | None, list[int] | None, BufferHandle | None, EventOverlap]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """Checked arguments of a fresh dispatch."""
-
-    rows: Tensor
-    scales: Tensor | None
-    topk_idx: Tensor | None
-    topk_weights: Tensor | None
-    in_rank: Tensor
-    per_expert: Tensor
-    spec: ExchangeSpec
 
 
 class BufferCalls:
@@ -75,7 +62,7 @@ class BufferCalls:
         Raises:
             ValueError: for a wrong dtype, shape or id.
         """
-        _check_events(previous_event, async_finish, allocate_on_comm_stream)
+        check_events(previous_event, async_finish, allocate_on_comm_stream)
         check_tensor("topk_idx", topk_idx, shape=(None, None), dtypes=(torch.int64,))
         if num_experts <= 0 or num_experts % self.group_size:
             raise ValueError(f"num_experts={num_experts} must be divisible by the {self.group_size} ranks of the group")
@@ -141,10 +128,11 @@ class BufferCalls:
         if handle is not None:
             layout = (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
             return self._dispatch_again(x, handle, (*layout, topk_idx, topk_weights), async_finish)
-        request: _Request | None = None
+        request: Request | None = None
         error: Exception | None = None
         try:
-            request = self._check_request(
+            request = check_request(
+                self.group_size,
                 x,
                 num_tokens_per_rank,
                 is_token_in_rank,
@@ -153,6 +141,7 @@ class BufferCalls:
                 topk_weights,
                 num_worst_tokens,
             )
+            self.check_grant(request.rows.shape[1] * request.rows.itemsize)
             if expert_alignment <= 0:
                 raise ValueError(f"expert_alignment={expert_alignment} must be positive")
         # Whatever it is: peers wait for this rank's header.
@@ -202,7 +191,7 @@ class BufferCalls:
         shapes = ""
         try:
             if error is None:
-                self._check_combine(x, plan, topk_weights, biases)
+                check_combine(x, plan, topk_weights, biases)
                 width = None if topk_weights is None else f"{topk_weights.shape[1]} {topk_weights.dtype}"
                 shapes = f"{x.shape[1]}, {x.dtype}, weights={width}"
         except Exception as failure:
@@ -233,82 +222,6 @@ class BufferCalls:
                 given=overflow.given,
             )
 
-    def _check_request(
-        self,
-        x: Rows,
-        per_rank: Tensor | None,
-        in_rank: Tensor | None,
-        per_expert: Tensor | None,
-        topk_idx: Tensor | None,
-        topk_weights: Tensor | None,
-        num_worst_tokens: int,
-    ) -> _Request:
-        rows = x[0] if isinstance(x, tuple) and x else x
-        rows = check_tensor("x", rows, shape=(None, None))
-        check_row_dtype("x", rows)
-        self.check_grant(rows.shape[1] * rows.itemsize)
-        in_rank = check_tensor(
-            "is_token_in_rank",
-            in_rank,
-            shape=(rows.shape[0], self.group_size),
-            dtypes=(torch.bool,),
-            device=rows.device,
-        )
-        integers = (torch.int32, torch.int64)
-        per_rank = check_tensor("num_tokens_per_rank", per_rank, shape=(self.group_size,), dtypes=integers)
-        per_expert = check_tensor("num_tokens_per_expert", per_expert, shape=(None,), dtypes=integers)
-        if per_expert.numel() % self.group_size or not per_expert.numel():
-            raise ValueError(
-                f"num_tokens_per_expert has {per_expert.numel()} experts; it must be a multiple of the "
-                f"{self.group_size} ranks of the group"
-            )
-        if not torch.equal(in_rank.sum(0).cpu(), per_rank.cpu().to(torch.int64)):
-            raise ValueError("num_tokens_per_rank differs from the column sums of is_token_in_rank: pass one layout's")
-        if topk_idx is None and (topk_weights is not None or num_worst_tokens > 0):
-            raise ValueError("topk_weights and num_worst_tokens need topk_idx: pass it as well")
-        if topk_idx is not None:
-            check_tensor("topk_idx", topk_idx, shape=(rows.shape[0], None))
-        if num_worst_tokens < 0:
-            raise ValueError(f"num_worst_tokens={num_worst_tokens} must not be negative")
-        spec = ExchangeSpec(
-            num_experts=per_expert.numel(),
-            hidden_size=rows.shape[1],
-            top_k=1 if topk_idx is None else topk_idx.shape[-1],
-            num_ranks=self.group_size,
-            dtype=rows.dtype,
-            layout="compact",
-            weights="experts",
-            capacity=Capacity(rows=num_worst_tokens) if num_worst_tokens else None,
-        )
-        rows, scales = check_rows("x", x, spec)
-        if topk_idx is not None:
-            check_routing(rows, topk_idx, topk_weights, spec, spec.num_experts, rows.device.type == "cpu")
-            if not torch.equal(in_rank, tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks)):
-                raise ValueError(
-                    "is_token_in_rank does not belong to topk_idx: pass get_dispatch_layout's results for it"
-                )
-        return _Request(rows, scales, topk_idx, topk_weights, in_rank, per_expert, spec)
-
-    def _check_combine(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, biases: tuple[Tensor, ...]) -> None:
-        check_tensor("x", x, shape=(plan.num_rows, None))
-        check_row_dtype("x", x)
-        if x.dtype == FP8_DTYPE:
-            raise ValueError(f"x has dtype {x.dtype}; sums are returned in x's dtype: combine bf16 or wider rows")
-        if x.device != plan.send.send_src.device:
-            raise StaleHandleError(f"x is on {x.device} but the handle was made on {plan.send.send_src.device}")
-        if topk_weights is not None:
-            check_tensor(
-                "topk_weights",
-                topk_weights,
-                shape=(plan.num_rows, plan.top_k or None),
-                dtypes=(torch.float32, torch.float64),
-                device=x.device,
-            )
-        if len(biases) > 2:
-            raise ValueError(f"bias has {len(biases)} tensors; at most two are added")
-        for bias in biases:
-            check_tensor("bias", bias, shape=(plan.num_tokens, x.shape[1]), dtypes=(x.dtype,), device=x.device)
-
     def _check_call(
         self,
         handle: BufferHandle | None,
@@ -320,7 +233,7 @@ class BufferCalls:
         """What no exchange can begin with; the peers are told."""
         error: ValueError | None = None
         try:
-            _check_events(previous_event, async_finish, allocate_on_comm_stream)
+            check_events(previous_event, async_finish, allocate_on_comm_stream)
             if not isinstance(handle, BufferHandle) and (needs_handle or handle is not None):
                 raise ValueError(f"handle is {type(handle).__name__}; pass the handle that dispatch returned")
         except ValueError as failure:
@@ -342,7 +255,7 @@ class BufferCalls:
         self.check_overflow()
         self.control.open(Call.of(kind, shapes, plan.serial), error=error)
 
-    def _count(self, request: _Request | None, error: Exception | None) -> Counted:
+    def _count(self, request: Request | None, error: Exception | None) -> Counted:
         self.check_overflow()
         if request is None or error is not None:
             self.control.open(Call("dispatch"), error=error)
@@ -362,7 +275,7 @@ class BufferCalls:
         return Counted.from_table(table, spec)
 
     def _dispatch_chosen(
-        self, request: _Request, counted: Counted, alignment: int, async_finish: bool
+        self, request: Request, counted: Counted, alignment: int, async_finish: bool
     ) -> DispatchResult:
         assert request.topk_idx is not None
         spec, rows = request.spec, request.rows
@@ -394,7 +307,7 @@ class BufferCalls:
         return recv, recv_idx, recv_weights, listed, handle, event
 
     def _dispatch_masked(
-        self, request: _Request, counted: Counted, alignment: int, async_finish: bool
+        self, request: Request, counted: Counted, alignment: int, async_finish: bool
     ) -> DispatchResult:
         plan = self.backend.plan_rows(request.in_rank, counted.rows, self.number)
         per_rank = request.spec.num_local_experts
@@ -422,8 +335,8 @@ class BufferCalls:
             if any(argument is not None for argument in layout):
                 raise ValueError("handle was given together with layout or topk arguments: pass None for those")
             if error is None:
-                rows, scales = _check_again(x, plan)
-                request = _Request(rows, scales, None, None, handle.is_token_in_rank, rows, _NO_SPEC)
+                rows, scales = check_again(x, plan)
+                request = Request(rows, scales, None, None, handle.is_token_in_rank, rows, UNSPECIFIED)
                 shapes = f"{rows.shape[1]}, {rows.dtype}, scales={None if scales is None else scales.dtype}"
         except Exception as failure:
             error = failure
@@ -475,21 +388,7 @@ class BufferCalls:
         )
 
 
-_NO_SPEC = ExchangeSpec(num_experts=1, hidden_size=8, top_k=1, num_ranks=1, dtype=torch.bfloat16)
-
-
-def _check_again(x: Rows, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """Check rows that replay a plan: (rows, scales or None)."""
-    rows = x[0] if isinstance(x, tuple) and x else x
-    rows = check_tensor("x", rows, shape=(plan.num_tokens, None))
-    check_row_dtype("x", rows)
-    if rows.device != plan.device:
-        raise StaleHandleError(f"x is on {rows.device} but the handle was made on {plan.device}")
-    spec = dataclasses.replace(_NO_SPEC, hidden_size=rows.shape[1], dtype=rows.dtype)
-    return check_rows("x", x, spec, plan.num_tokens)
-
-
-def _empty_rows(request: _Request, num_rows: int) -> Rows:
+def _empty_rows(request: Request, num_rows: int) -> Rows:
     rows = request.rows.new_empty(num_rows, request.rows.shape[1])
     if request.scales is None:
         return rows
@@ -506,11 +405,6 @@ def _copy_rows(out: Rows, rows: Tensor, scales: Tensor | None) -> None:
 
 def _aligned(counts: Tensor, alignment: int) -> list[int]:
     return (-(-counts // alignment) * alignment).tolist()
-
-
-def _check_events(previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool) -> None:
-    if allocate_on_comm_stream and (previous_event is None or not async_finish):
-        raise ValueError("allocate_on_comm_stream=True needs previous_event and async_finish=True")
 
 
 def _wait(previous_event: EventOverlap | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -12,100 +11,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_ep.autograd import (
-    CombineExchange,
-    CombineLaunch,
-    CombineWait,
-    DispatchExchange,
-    DispatchLaunch,
-    DispatchWait,
-)
-from moe_ep.backends.torch import Counted
+from moe_ep.autograd import CombineExchange, CombineLaunch, DispatchExchange, DispatchLaunch
+from moe_ep.backends.types import Counted
 from moe_ep.buffer import Buffer, resolve_group
 from moe_ep.config import Capacity, ExchangeSpec, record_bytes
 from moe_ep.errors import StaleHandleError
 from moe_ep.exchange import Exchanger, allow_dtype
-from moe_ep.handle import NUM_PLAN_TENSORS, DispatchHandle
+from moe_ep.handle import DispatchHandle
 from moe_ep.hooks import Hook, HookHandle
-from moe_ep.ops import extras_of
+from moe_ep.results import Dispatched, PendingCombine, PendingDispatch, dispatched
+from moe_ep.validate import check_dispatcher
 
 Rows = Tensor | tuple[Tensor, Tensor]
 _LAYER_NUMBERS = itertools.count()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dispatched:
-    """What a dispatch delivers. N received compact rows, e local experts, rows the number of layout rows.
-
-    Attributes:
-        x: [rows, H] grouped by local expert ("expanded"), [N, H] ("compact") or [e, R * max_tokens, H] ("slab").
-        scales: fp32 [rows, H / 128], only when x came as fp8 with scales.
-        weights: router weights in the rows' layout: [rows], [N, K] or [e, R * max_tokens]; differentiable.
-        topk_idx: int64 [N, K] local expert ids, -1 where a choice is another rank's ("compact" only).
-        tokens_per_expert: int32 [e] real rows of each local expert, on the device.
-        expert_ends: int32 [e] end of each aligned group, what grouped GEMMs take as offsets, on the device.
-        tokens_per_expert_list: the same numbers on the host, where sizes are exact, else None.
-        num_rows: rows of ``x`` (of all slabs together).
-        overflow: bool 0-dim on the device, set when a capacity was exceeded; None without a capacity.
-        handle: what ``combine`` needs.
-    """
-
-    x: Tensor
-    scales: Tensor | None
-    weights: Tensor
-    topk_idx: Tensor | None
-    tokens_per_expert: Tensor
-    expert_ends: Tensor
-    tokens_per_expert_list: list[int] | None
-    num_rows: int
-    overflow: Tensor | None
-    handle: DispatchHandle
-
-
-class PendingDispatch:
-    """A dispatch under way. Must not cross the border of an activation checkpoint."""
-
-    def __init__(self, dispatcher: TokenDispatcher, exchange: DispatchExchange, token: Tensor) -> None:
-        self._dispatcher = dispatcher
-        self._exchange = exchange
-        self._token = token
-        self._result: Dispatched | None = None
-
-    def wait(self) -> Dispatched:
-        """Wait for the rows; the current stream (on CPU: the host) waits. A second call returns the same result.
-
-        Raises:
-            CapacityError, PeerAbortedError, PeerTimeoutError, ExchangeMismatchError: what the exchange met.
-        """
-        if self._result is None:
-            rows, weights = DispatchWait.apply(self._exchange, self._token)
-            result = self._exchange.result
-            assert result is not None
-            tensors = [*self._exchange.plan_tensors, *extras_of(result)]
-            self._result = self._dispatcher._dispatched(
-                rows, weights, result.tokens_per_expert, tensors, result.scales, result.groups.counts.tolist()
-            )
-            # The payload now belongs to the caller alone.
-            self._exchange.result = None
-            self._exchange.job = None
-        return self._result
-
-
-class PendingCombine:
-    """A combine under way. Must not cross the border of an activation checkpoint."""
-
-    def __init__(self, exchange: CombineExchange, token: Tensor) -> None:
-        self._exchange = exchange
-        self._token = token
-        self._result: Tensor | None = None
-
-    def wait(self) -> Tensor:
-        """Wait for the sums [T, H]; a second call returns the same tensor."""
-        if self._result is None:
-            self._result = CombineWait.apply(self._exchange, self._token)
-            self._exchange.job = None
-        assert self._result is not None
-        return self._result
 
 
 class TokenDispatcher(nn.Module):
@@ -236,11 +154,12 @@ class TokenDispatcher(nn.Module):
         expert_map = self._expert_map
         replicas = expert_map.tolist() if isinstance(expert_map, Tensor) else expert_map
         detail = f"{spec.describe()}, expert_map={replicas}"
-        buffer.agree(detail, lambda: _check(spec, expert_map, self.num_sms))
+        buffer.agree(detail, lambda: check_dispatcher(spec, expert_map, self.num_sms))
         validate = buffer.backend_name == "torch" if self.validate is None else self.validate
         hooks = None if self._exchanger is None else self._exchanger.hooks
         self._exchanger = Exchanger(buffer, spec, expert_map, validate, hooks=hooks)
         self._id = self._exchanger.id
+        self._settings = spec
 
     def _spec(self, num_ranks: int) -> ExchangeSpec:
         return ExchangeSpec(
@@ -324,7 +243,7 @@ class TokenDispatcher(nn.Module):
         listed = None
         if self.capacity is None and self.layout != "slab" and not torch.compiler.is_compiling():
             listed = counts.tolist()
-        return self._dispatched(rows, weights, counts, tensors, None, listed)
+        return dispatched(rows, weights, counts, tensors, self._settings, listed=listed)
 
     def combine(self, y: Tensor, handle: DispatchHandle, weights: Tensor | None = None) -> Tensor:
         """Bring expert outputs home and sum them per token, accumulated in fp32.
@@ -358,7 +277,7 @@ class TokenDispatcher(nn.Module):
             exchange.launch(x, topk_idx, topk_weights, planned)
         rows, scales = x if isinstance(x, tuple) else (self._cast(x), None)
         token = DispatchLaunch.apply(exchange, planned, rows, scales, topk_idx, topk_weights, self._anchor)
-        return PendingDispatch(self, exchange, token)
+        return PendingDispatch(exchange, token)
 
     def combine_async(self, y: Tensor, handle: DispatchHandle, weights: Tensor | None = None) -> PendingCombine:
         """As :meth:`combine`, returning at once; work created before ``.wait()`` runs beside it, also in backward.
@@ -472,29 +391,6 @@ class TokenDispatcher(nn.Module):
             self._live().refuse("combine", error)
         return list(handle.tensors)
 
-    def _dispatched(
-        self,
-        rows: Tensor,
-        weights: Tensor,
-        counts: Tensor,
-        tensors: list[Tensor],
-        scales: Tensor | None,
-        listed: list[int] | None,
-    ) -> Dispatched:
-        expert_ends, overflow, topk_idx = tensors[NUM_PLAN_TENSORS:]
-        return Dispatched(
-            x=rows,
-            scales=scales,
-            weights=weights,
-            topk_idx=topk_idx if self.layout == "compact" else None,
-            tokens_per_expert=counts,
-            expert_ends=expert_ends,
-            tokens_per_expert_list=listed if self.capacity is None and self.layout != "slab" else None,
-            num_rows=rows.shape[0] * rows.shape[1] if self.layout == "slab" else rows.shape[0],
-            overflow=overflow if self.capacity is not None else None,
-            handle=DispatchHandle(tuple(tensors[:NUM_PLAN_TENSORS])),
-        )
-
 
 def _new_anchor() -> Tensor:
     # It outlives the caller's default device and inference mode, which models are constructed in.
@@ -505,24 +401,3 @@ def _new_anchor() -> Tensor:
 def _on_one_device(first: object, *others: object) -> bool:
     """Whether an operator would take these: tensors, all on one device."""
     return isinstance(first, Tensor) and all(isinstance(t, Tensor) and t.device == first.device for t in others)
-
-
-def _check(spec: ExchangeSpec, expert_map: Tensor | None, num_sms: int | None) -> None:
-    spec.check()
-    if num_sms is not None and (num_sms <= 0 or num_sms % 2):
-        raise ValueError(f"num_sms={num_sms} must be positive and even, or None for the measured default")
-    if expert_map is None:
-        return
-    if not isinstance(expert_map, Tensor) or expert_map.dtype != torch.int32 or expert_map.dim() != 2:
-        raise ValueError("expert_map must be an int32 tensor [E_logical, max_replicas]")
-    if int(expert_map.max()) >= spec.num_experts or int(expert_map.min()) < -1:
-        raise ValueError(f"expert_map has ids up to {int(expert_map.max())}; physical ids are below {spec.num_experts}")
-    if bool((expert_map[:, 0] < 0).any()):
-        raise ValueError("expert_map has an expert without a replica: its first column must hold ids >= 0")
-    if bool(((expert_map[:, 1:] >= 0) & (expert_map[:, :-1] < 0)).any()):
-        raise ValueError("expert_map has a replica behind a -1: put -1 after the last replica of each expert")
-    ids, counts = expert_map[expert_map >= 0].unique(return_counts=True)
-    if bool((counts > 1).any()):
-        raise ValueError(
-            f"expert_map holds id {int(ids[counts > 1][0])} more than once: give each replica an id of its own"
-        )

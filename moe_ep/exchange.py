@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_ep.backends.control import Call
-from moe_ep.backends.torch import Announce, Counted, Dispatch
+from moe_ep.backends.types import Announce, Counted, Dispatch
 from moe_ep.buffer import Buffer
 from moe_ep.config import ExchangeSpec
 from moe_ep.errors import AgreedError, CapacityError, StaleHandleError

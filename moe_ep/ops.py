@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from moe_ep.backends.torch import Dispatch
+from moe_ep.backends.types import Dispatch
 from moe_ep.config import ExchangeSpec
 from moe_ep.exchange import lookup
 from moe_ep.handle import NUM_PLAN_TENSORS, NUM_SCALARS

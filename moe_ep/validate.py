@@ -190,3 +190,25 @@ def check_row_weights(weights: object, plan: Plan, spec: ExchangeSpec) -> None:
         shape = (spec.num_local_experts, plan.num_rows // spec.num_local_experts)
     dtype = torch.float64 if plan.weight_bytes == 8 else torch.float32
     check_tensor("weights", weights, shape=shape, dtypes=(dtype,), device=plan.send.send_src.device)
+
+
+def check_dispatcher(spec: ExchangeSpec, expert_map: Tensor | None, num_sms: int | None) -> None:
+    """Check the settings of a dispatcher."""
+    spec.check()
+    if num_sms is not None and (num_sms <= 0 or num_sms % 2):
+        raise ValueError(f"num_sms={num_sms} must be positive and even, or None for the measured default")
+    if expert_map is None:
+        return
+    if not isinstance(expert_map, Tensor) or expert_map.dtype != torch.int32 or expert_map.dim() != 2:
+        raise ValueError("expert_map must be an int32 tensor [E_logical, max_replicas]")
+    if int(expert_map.max()) >= spec.num_experts or int(expert_map.min()) < -1:
+        raise ValueError(f"expert_map has ids up to {int(expert_map.max())}; physical ids are below {spec.num_experts}")
+    if bool((expert_map[:, 0] < 0).any()):
+        raise ValueError("expert_map has an expert without a replica: its first column must hold ids >= 0")
+    if bool(((expert_map[:, 1:] >= 0) & (expert_map[:, :-1] < 0)).any()):
+        raise ValueError("expert_map has a replica behind a -1: put -1 after the last replica of each expert")
+    ids, counts = expert_map[expert_map >= 0].unique(return_counts=True)
+    if bool((counts > 1).any()):
+        raise ValueError(
+            f"expert_map holds id {int(ids[counts > 1][0])} more than once: give each replica an id of its own"
+        )
