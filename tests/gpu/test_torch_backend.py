@@ -123,6 +123,29 @@ def buffer_calls(ctx: RankContext) -> None:
     dist.destroy_process_group(group)
 
 
+def exchange_behind_work(ctx: RankContext) -> None:
+    """Payload waits for GPU work far longer than any poll of the host; the caller's group must live on."""
+    device = f"cuda:{ctx.rank}"
+    torch.cuda.set_device(ctx.rank)
+    group = dist.new_group(backend="nccl")
+    dispatcher = TokenDispatcher(group, num_experts=4, hidden_size=64, top_k=2, dtype=torch.float32)
+    topk_idx, weights = make_routing(20, 2, 4, kind="uniform", seed=ctx.rank)
+    x = torch.randn(20, 64, device=device)
+    routed = dispatcher.dispatch(x, topk_idx.to(device), weights.to(device))
+    torch.cuda._sleep(2_000_000_000 * (1 + ctx.rank))  # cycles: about one second and two
+    out = dispatcher.combine(routed.x, routed.handle, routed.weights)
+    torch.testing.assert_close(out, x * weights.to(device).sum(1, keepdim=True), rtol=1e-6, atol=1e-6)
+    total = torch.ones(1, device=device)
+    dist.all_reduce(total, group=group)
+    assert total.item() == ctx.world_size
+    dist.destroy_process_group(group)
+
+
+@pytest.mark.multi_gpu(2)
+def test_payload_waits_for_gpu_work() -> None:
+    run_ranks(2, exchange_behind_work)
+
+
 @pytest.mark.multi_gpu(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", SETTINGS)
