@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import ClassVar, TypeVar
 
 import torch
@@ -19,9 +20,10 @@ from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
 from moe_ep.backends.runtime import TorchRuntime
 from moe_ep.backends.torch import TorchBackend
+from moe_ep.backends.worker import CommunicationThread, release, run_in_mode, run_without_grad
 from moe_ep.buffer_calls import BufferCalls
 from moe_ep.config import Config, record_bytes
-from moe_ep.errors import AgreedError, MoeEpError, NotBuiltError
+from moe_ep.errors import MoeEpError, NotBuiltError
 from moe_ep.events import EventHandle, EventOverlap, Job
 
 _LOGGER = logging.getLogger("moe_ep")
@@ -110,10 +112,12 @@ class Buffer(BufferCalls):
         # Handles carry it: an id() may come back.
         self.number = next(_NUMBERS)
         self._dispatchers = 0
-        self._executor: ThreadPoolExecutor | None = None
+        self._thread = CommunicationThread()
         # Weak: a future holds what its exchange delivered. One that is gone was complete.
         self._last: Callable[[], Future | None] = lambda: None
         self.control = ControlPlane(resolved, self.timeout_s)
+        # Runs at destroy(), when this object goes, or when the interpreter ends.
+        self._release = weakref.finalize(self, release, self.control, self._thread)
         self.rank, self.group_size = self.control.rank, self.control.size
         self.ranks_per_node = self.group_size if ranks_per_node is None else ranks_per_node
         detail = (
@@ -199,10 +203,8 @@ class Buffer(BufferCalls):
         """Run an exchange on the communication thread, after all earlier ones."""
         if self._destroyed:
             raise MoeEpError("this Buffer was destroyed: construct a new one")
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moe_ep")
         inference = torch.is_inference_mode_enabled()
-        future = self._executor.submit(_run_in_mode, inference, self.control, run)
+        future = self._thread.submit(functools.partial(run_in_mode, inference, self.control, run))
         self._last = weakref.ref(future)
         return Job(future)
 
@@ -213,7 +215,7 @@ class Buffer(BufferCalls):
             return self.submit(run).result()
         if self._destroyed:
             raise MoeEpError("this Buffer was destroyed: construct a new one")
-        return _run_without_grad(self.control, run)
+        return run_without_grad(self.control, run)
 
     def run_job(self, run: Callable[[], Result]) -> Job[Result]:
         """As :meth:`run`, with the result in a job; errors are raised here."""
@@ -228,12 +230,15 @@ class Buffer(BufferCalls):
             last.exception()
 
     def destroy(self) -> None:
-        """Stop using the group. Not collective; needs ``explicitly_destroy=True``."""
+        """Stop using the group. Not collective; needs ``explicitly_destroy=True``.
+
+        Exchanges under way have two seconds to end; those that do not end raise MoeEpError here and PeerAbortedError on
+        the ranks that wait for this one.
+        """
         if not self.explicitly_destroy:
             raise ValueError("destroy() needs Buffer(..., explicitly_destroy=True); otherwise release is automatic")
         self._destroyed = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        self._release()
 
     def reset(self) -> None:
         """Make the Buffer usable after a timeout or abort. Collective; handles made before become stale."""
@@ -332,23 +337,6 @@ class Buffer(BufferCalls):
                 f"num_nvl_bytes={self.num_nvl_bytes} is too small for rows of {row_bytes} bytes from "
                 f"{self.group_size} ranks: grant at least {need} bytes, or 0 to reserve at first use"
             )
-
-
-def _run_in_mode(inference: bool, control: ControlPlane, run: Callable[[], Result]) -> Result:
-    """As :func:`_run_without_grad`, on another thread than the caller's, in whose mode its tensors may be written."""
-    with torch.inference_mode(inference):
-        return _run_without_grad(control, run)
-
-
-def _run_without_grad(control: ControlPlane, run: Callable[[], Result]) -> Result:
-    with torch.no_grad():
-        try:
-            return run()
-        except (MoeEpError, AgreedError):
-            raise
-        except BaseException as error:
-            control.abort(error)
-            raise
 
 
 def _default_config(num_ranks: int) -> Config:

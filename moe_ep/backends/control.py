@@ -11,6 +11,7 @@ abort. Larger payload follows in an exchange of its own, after the headers are k
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import time
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from moe_ep.backends.rendezvous import Rendezvous
+from moe_ep.backends.rendezvous import Connection, Rendezvous
 from moe_ep.backends.trouble import TroubleReports
 from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError
 
@@ -31,6 +32,8 @@ HEADER_BYTES = 32
 # Latency rules up to about this size: on 2 cores, 4 ranks swap 2 KiB in 1.85 ms and 512 KiB in 1.86 ms.
 ENVELOPE_BYTES = 4 << 20
 _POLL_SECONDS = 0.1
+# What an exchange under way may still take when its Buffer is released, for the sake of peers that are about to come.
+_GRACE_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,9 @@ class ControlPlane:
         self.ranks = [0] if group is None else dist.get_process_group_ranks(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = len(self.ranks)
+        self._closed_at: float | None = None
+        self._connection: Connection | None = None
+        self._stuck: list[Connection] = []
         self._rendezvous: Rendezvous | None = None
         if group is not None and self.size > 1:
             store = dist.PrefixStore("moe_ep", distributed_c10d._get_process_group_store(group))
@@ -148,13 +154,30 @@ class ControlPlane:
     def _connect(self) -> None:
         # NOTE: not dist.new_group: it names a group after the number of groups that this process has, and ranks that
         # differ in that would wait for each other, or meet a name that is taken.
-        self.group: dist.ProcessGroupGloo | None = None
+        self._disconnect()
         # NOTE: new memory for new connections: an exchange that failed may still be written to the old.
         self._inbox: Tensor | None = None
         store: dist.Store | None = None
         if self._rendezvous is not None:
-            store, self.group = self._rendezvous.connect(self.incarnation)
+            store, self._connection = self._rendezvous.connect(self.incarnation)
         self._trouble = TroubleReports(store, self.rank, self.size)
+
+    def _disconnect(self) -> None:
+        # Dropping one that is stuck would wait for its peers.
+        mine = [] if self._connection is None else [self._connection]
+        self._stuck = [one for one in self._stuck + mine if one.is_stuck()]
+        self._connection = None
+
+    def close(self) -> None:
+        """Give exchanges of other threads two seconds to end; later they raise, and their peers are told."""
+        self._closed_at = time.monotonic()
+
+    def release(self) -> None:
+        """Let go of the connections, after :meth:`close`. Waits for no peer."""
+        self._trouble.broken = self._trouble.broken or "its release"
+        self._disconnect()
+        for connection in self._stuck:
+            connection.outlive_process()
 
     def reset(self) -> None:
         """Start afresh over new connections. Collective: all ranks must call it, and be alive.
@@ -269,14 +292,14 @@ class ControlPlane:
 
     def swap(self, out: Tensor, data: Tensor, out_splits: list[int], splits: list[int]) -> None:
         """``all_to_all_single`` over CPU tensors, split along the first dimension; waits with a bound."""
-        if self.group is None:
+        if self.size == 1:
             out.copy_(data)
             return
         self.wait(self._all_to_all(out, data, out_splits, splits))
 
     def _all_to_all(self, out: Tensor, data: Tensor, out_splits: list[int], splits: list[int]) -> dist.Work:
-        # NOTE: missing from torch's stubs; torch.distributed's function of this name wants a registered group.
-        return self.group.alltoall_base(out, data, out_splits, splits)  # type: ignore[union-attr]
+        assert self._connection is not None
+        return self._connection.all_to_all(out, data, out_splits, splits)
 
     def wait(self, work: dist.Work) -> None:
         """Wait for a collective, listening for ranks in trouble, for at most ``timeout_s``."""
@@ -290,10 +313,21 @@ class ControlPlane:
                     break
                 if time.monotonic() - start > self.timeout_s + 1.0:
                     self._trouble.call_roll(self.seq, f"no answer for {self.timeout_s:g} s")
+                if self._closed_at is not None and time.monotonic() - self._closed_at > _GRACE_SECONDS:
+                    self._leave()
                 self._trouble.listen(self.seq)
             else:
                 break
+        if self._connection is not None:
+            self._connection.forget()
         self.wait_seconds += time.monotonic() - start
+
+    def _leave(self) -> NoReturn:
+        reason = f"the Buffer was released while exchange {self.seq} was under way"
+        # At exit the process that hosts the store may be gone.
+        with contextlib.suppress(RuntimeError):
+            self._trouble.abort(self.seq, reason)
+        raise MoeEpError(reason)
 
     def check_usable(self) -> None:
         """Raise MoeEpError when an earlier failure left this Buffer out of step with its peers."""
@@ -302,10 +336,7 @@ class ControlPlane:
             raise MoeEpError(f"this Buffer cannot be used after: {broken}; call reset() on all ranks first")
 
     def abort(self, error: BaseException) -> None:
-        """Tell the peers that this rank failed between header and payload; they raise PeerAbortedError soon.
-
-        Every error of an exchange that is not a MoeEpError must come here.
-        """
+        """Tell the peers what this rank raised after a header, unless they know; they raise PeerAbortedError soon."""
         # NOTE: an error that went out with a header left all ranks in step.
         announced, self._announced = self._announced, None
         if error is not announced:

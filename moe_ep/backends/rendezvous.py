@@ -1,17 +1,45 @@
-"""How the ranks of a group come together over its store: which attempt this is, and connections for it."""
+"""How the ranks of a group come together over its store, and part: which attempt this is, and connections for it."""
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import time
 
 import torch.distributed as dist
+from torch import Tensor
 
 from moe_ep.errors import PeerTimeoutError
 
 # Ranks come to a collective construction or reset at different times, however short exchanges must be.
 _CONNECT_SECONDS = 30.0
 _POLL_SECONDS = 0.02
+
+
+class Connection:
+    """Connections among all ranks of a group, which carry one exchange at a time."""
+
+    def __init__(self, group: dist.ProcessGroupGloo) -> None:
+        self._group = group
+        self._work: dist.Work | None = None
+
+    def all_to_all(self, out: Tensor, data: Tensor, out_splits: list[int], splits: list[int]) -> dist.Work:
+        """Begin ``all_to_all_single`` over CPU tensors, split along the first dimension."""
+        # NOTE: missing from torch's stubs; torch.distributed's function of this name wants a registered group.
+        self._work = self._group.alltoall_base(out, data, out_splits, splits)  # type: ignore[attr-defined]
+        return self._work
+
+    def forget(self) -> None:
+        """The exchange is over: drop its tensors."""
+        self._work = None
+
+    def is_stuck(self) -> bool:
+        """Whether an exchange still waits for peers."""
+        return self._work is not None and not self._work.is_completed()
+
+    def outlive_process(self) -> None:
+        """Never let go: ~ProcessGroupGloo joins threads that wait for the peers of a stuck exchange."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
 
 
 class Rendezvous:
@@ -30,7 +58,7 @@ class Rendezvous:
         self._size = size
         self._seconds = max(timeout_s, _CONNECT_SECONDS)
 
-    def connect(self, attempt: int) -> tuple[dist.Store, dist.ProcessGroupGloo]:
+    def connect(self, attempt: int) -> tuple[dist.Store, Connection]:
         """New connections among all ranks, and a store of their own.
 
         Args:
@@ -48,7 +76,7 @@ class Rendezvous:
             self._propose(-attempt)
             here = [rank for rank in range(self._size) if store.check([f"joining/{rank}"])]
             raise self._absence(here) from failure
-        return store, group
+        return store, Connection(group)
 
     def meet(self, at_least: int) -> int:
         """Agree with all ranks on the number of the next attempt: the largest that any of them proposes.
