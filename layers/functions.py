@@ -230,8 +230,10 @@ def _sum_places(copies: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         copies = F.pad(copies, (0, 0, 0, 1))
     for place in places.unbind(1):
         # Copies of no choice are filled over, never multiplied by zero: they may be NaN.
-        chosen = copies.index_select(0, place.clamp(min=0))
-        chosen = chosen.masked_fill_((place < 0).unsqueeze(-1), 0)
-        # NOTE: torch 2.11 compiles a Function that returns a tensor it changed in place to one without a gradient.
-        out = out + chosen if torch.compiler.is_compiling() else out.add_(chosen)
+        chosen, none = copies.index_select(0, place.clamp(min=0)), (place < 0).unsqueeze(-1)
+        # NOTE: torch 2.11 compiles a Function that changes tensors in place to one without a gradient.
+        if torch.compiler.is_compiling():
+            out = out + chosen.masked_fill(none, 0)
+        else:
+            out += chosen.masked_fill_(none, 0)
     return out.to(copies.dtype)

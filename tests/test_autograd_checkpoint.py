@@ -180,7 +180,7 @@ def recompute_flags(ctx: RankContext, use_reentrant: bool, use_async: bool) -> l
     case = make_case(ctx.world_size)
     (layer,) = make_layers(ctx, case, use_async)
     seen: list[tuple[str, bool]] = []
-    for phase in moe_ep.exchange.PHASES:
+    for phase in moe_ep.hooks.PHASES:
         layer.dispatcher.register_hook(phase, lambda event: seen.append((event.phase, event.recompute)))
     layer.run(make_leaves(case, ctx.rank), ("de",), wrapper(use_reentrant)).sum().backward()
     return seen
