@@ -63,7 +63,7 @@ def exchange(ctx: RankContext, limit: int, tokens: list[int], layout: str) -> tu
 
 
 def compare(ctx: RankContext, limit: int, tokens: list[int], layout: str) -> tuple[bool, int]:
-    enclosed, none = exchange(ctx, 4 << 20, tokens, layout)
+    enclosed, none = exchange(ctx, 16 << 20, tokens, layout)
     assert none == 0
     other, swaps = exchange(ctx, limit, tokens, layout)
     return all(torch.equal(a, b) for a, b in zip(enclosed, other, strict=True)), swaps

@@ -378,3 +378,12 @@ def fail(rank):
 def test_error_of_a_rank_is_raised_with_its_text():
     with pytest.raises(ProcessRaisedException, match="rank 0 divides"):
         launch(1, "cpu", fail)
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_results_file_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for target in (tmp_path, tmp_path / "missing" / "file"):
+        assert main(["bench", option, str(target)]) == 2
+        assert f"{option} {target} cannot be written" in capsys.readouterr().err

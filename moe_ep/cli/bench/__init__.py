@@ -62,6 +62,11 @@ def run(args: argparse.Namespace) -> int:
         for name in args.show:
             print(markdown_report(read_json(Path(name))))
         return 0
+    for option, choice in (("--json", args.json), ("--plot", args.plot)):
+        folder = Path(choice or ".").parent
+        # Found now rather than after minutes of measuring.
+        if choice and (Path(choice).is_dir() or not os.access(folder, os.W_OK)):
+            raise ValueError(f"{option} {choice} cannot be written: name a file in a folder that exists and is yours")
     rows = _measure(args)
     if rows is None:
         return 0
