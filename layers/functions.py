@@ -231,9 +231,10 @@ def _sum_places(copies: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     for place in places.unbind(1):
         # Copies of no choice are filled over, never multiplied by zero: they may be NaN.
         chosen, none = copies.index_select(0, place.clamp(min=0)), (place < 0).unsqueeze(-1)
-        # NOTE: torch 2.11 compiles a Function that changes tensors in place to one without a gradient.
         if torch.compiler.is_compiling():
             out = out + chosen.masked_fill(none, 0)
         else:
             out += chosen.masked_fill_(none, 0)
-    return out.to(copies.dtype)
+    # NOTE: torch 2.11 gives a compiled Function no gradient when what it returns is an alias: of a tensor that was
+    # changed in place, or of one that .to() leaves as it is.
+    return out if wide == copies.dtype else out.to(copies.dtype)
