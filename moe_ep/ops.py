@@ -19,12 +19,9 @@ from moe_ep.config import ExchangeSpec
 from moe_ep.exchange import lookup
 from moe_ep.handle import NUM_PLAN_TENSORS, NUM_SCALARS
 
-# Behind the replayable plan, a dispatch returns: expert_ends, overflow, topk_idx (empty unless compact).
-NUM_EXTRAS = 3
-
 
 def extras_of(result: Dispatch) -> list[Tensor]:
-    """What a dispatch returns beside rows, weights, counts and the plan."""
+    """What a dispatch returns behind the replayable plan: expert_ends, overflow, topk_idx (empty unless compact)."""
     topk_idx = result.topk_idx
     if topk_idx is None:
         topk_idx = torch.empty(0, dtype=torch.int64, device=result.rows.device)

@@ -121,7 +121,7 @@ class Answer:
     enclosed: list[bool]
 
 
-KINDS = ("settings", "plan", "dispatch", "replayed dispatch", "combine", "combine of gradients", "reserve", "barrier")
+KINDS = ("settings", "plan", "dispatch", "replayed dispatch", "combine", "combine of gradients", "reserve")
 
 
 class ControlPlane:

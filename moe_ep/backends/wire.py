@@ -56,7 +56,6 @@ class Metadata(NamedTuple):
     per_choice: bool
     num_weights: int
     weight_dtype: torch.dtype | None
-    num_scales: int
     scale_dtype: torch.dtype | None
 
     @staticmethod
@@ -65,7 +64,6 @@ class Metadata(NamedTuple):
             per_choice=spec.per_choice,
             num_weights=1 if spec.per_choice else spec.top_k,
             weight_dtype=None if topk_weights is None else topk_weights.dtype,
-            num_scales=0 if scales is None else scales.shape[1],
             scale_dtype=None if scales is None else scales.dtype,
         )
 
