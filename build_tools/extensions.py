@@ -6,6 +6,7 @@ import subprocess
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from build_tools.compiler import Builder, CompileError, Step
@@ -114,8 +115,9 @@ class Commands:
         self._internode_version = f"{self._cuda_version} nvshmem {plan.nvshmem.version if plan.nvshmem else ''}"
 
     def core_sources(self) -> list[Path]:
-        """Returns the sources of ``_C``: host code always, CUDA sources with nvcc."""
-        return _sources("*.cpp", ".", "host", "bindings") + (_sources("*.cu", "kernels") if self._plan.nvcc else [])
+        """Returns the sources of ``_C``: host code always, with nvcc what includes CUDA's headers and CUDA sources."""
+        sources = _sources("*.cpp", ".", "host", "bindings")
+        return sources + _sources("*.cpp", "host/cuda") + _sources("*.cu", "kernels") if self._plan.nvcc else sources
 
     def internode_sources(self) -> list[Path]:
         """Returns the sources of ``_C_internode``: none without NVSHMEM."""
@@ -138,8 +140,11 @@ class Commands:
             f"-DMOE_EP_WITH_CUDA={int(self._plan.nvcc is not None)}",
         ]
         flags += self._build_info() if source.stem == "build_info" else []
-        flags += [*nvshmem, "-isystem", str(self._cuda_include())] if internode else []
-        version = self._internode_version if internode else self._cxx_version
+        if internode or source.parent.name == "cuda":
+            flags += [*nvshmem, "-isystem", str(self._cuda_include)]
+            version = self._internode_version if internode else self._cuda_version
+        else:
+            version = self._cxx_version
         return Step(name, [*self._cxx, *flags, "-c"], [source], version, "-MMD")
 
     def link(self, module: str, objects: list[Path]) -> Step:
@@ -170,6 +175,7 @@ class Commands:
     def _gencode(self, *, relocatable: bool) -> list[str]:
         return [flag for arch in self._plan.archs for flag in arch.gencode(ptx=not relocatable)]
 
+    @cached_property
     def _cuda_include(self) -> Path:
         # NOTE: nvcc may be a wrapper script far from its toolkit, so the compiler itself is asked where it stands.
         command = [self._nvcc.path, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]

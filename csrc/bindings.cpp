@@ -6,6 +6,7 @@
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Host code and CUDA kernels of moe_ep. Tensors come as addresses: nothing here knows torch.";
     moe_ep::register_errors();
+    moe_ep::register_arena(module);
     moe_ep::register_build_info(module);
     moe_ep::register_layouts(module);
     moe_ep::register_plan(module);

@@ -5,6 +5,7 @@
 // One function per binding file; bindings.cpp calls them.
 namespace moe_ep {
 
+void register_arena(pybind11::module_& module);
 void register_build_info(pybind11::module_& module);
 void register_layouts(pybind11::module_& module);
 void register_plan(pybind11::module_& module);

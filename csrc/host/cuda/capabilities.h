@@ -1,0 +1,17 @@
+#pragma once
+
+#include "host/cuda/device.h"
+
+namespace moe_ep {
+
+// What a GPU offers to processes that want to share its memory.
+struct DeviceCapabilities {
+    bool fd;   // memory can be exported as POSIX file descriptors
+    bool ipc;  // memory can be exported as CUDA IPC handles
+    DeviceProperties properties;
+};
+
+// Raises LibraryError where there is no driver or no GPU, ArgumentError for an index that no GPU has.
+DeviceCapabilities device_capabilities(int device);
+
+}  // namespace moe_ep
