@@ -17,6 +17,7 @@ from moe_ep.config import FP8_DTYPE
 from moe_ep.events import Job
 from moe_ep.exchange import Exchanger
 from moe_ep.ops import filled, once, weighted_grads
+from moe_ep.handle import DispatchHandle, Plan
 
 
 class DispatchExchange:
@@ -52,7 +53,8 @@ class DispatchExchange:
         """Start the reversed exchange."""
         self.backward_seq = self.exchanger.next_seq()
         with self.exchanger.overlapped():
-            job = self.exchanger.combine_grads(grads.contiguous(), weight_grads.contiguous(), plan_tensors)
+            plan = Plan.from_tensors(plan_tensors)
+            job = self.exchanger.combine_grads(grads.contiguous(), weight_grads.contiguous(), plan)
         self.backward_job = job
         self.exchanger.fire("backward_dispatch_launched", self.backward_seq)
 
@@ -72,9 +74,9 @@ class DispatchExchange:
 class CombineExchange:
     """A combine under way, and its reversed exchange."""
 
-    def __init__(self, exchanger: Exchanger, plan_tensors: list[Tensor]) -> None:
+    def __init__(self, exchanger: Exchanger, handle: DispatchHandle) -> None:
         self.exchanger = exchanger
-        self.plan_tensors = plan_tensors
+        self.handle = handle
         self.seq = 0
         self.job: Job[Tensor] | None = None
         self.backward_seq = 0
@@ -84,7 +86,7 @@ class CombineExchange:
         """Start it."""
         self.seq = self.exchanger.next_seq()
         with self.exchanger.overlapped():
-            self.job = self.exchanger.combine(y, row_weights, self.plan_tensors)
+            self.job = self.exchanger.combine(y, row_weights, self.handle.plan)
         self.exchanger.fire("combine_launched", self.seq)
 
     def wait(self) -> Tensor:
@@ -98,7 +100,7 @@ class CombineExchange:
         """Start the reversed exchange."""
         self.backward_seq = self.exchanger.next_seq()
         with self.exchanger.overlapped():
-            self.backward_job = self.exchanger.replay(grad.contiguous(), plan_tensors)
+            self.backward_job = self.exchanger.replay(grad.contiguous(), Plan.from_tensors(plan_tensors))
         self.exchanger.fire("backward_combine_launched", self.backward_seq)
 
     def wait_backward(self) -> Tensor:
@@ -183,7 +185,7 @@ class CombineWait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, exchange: CombineExchange, token: Tensor) -> Tensor:  # type: ignore[override]
         ctx.exchange = exchange  # type: ignore[attr-defined]
-        ctx.save_for_backward(*exchange.plan_tensors)
+        ctx.save_for_backward(*exchange.handle.tensors)
         return exchange.wait()
 
     @staticmethod

@@ -24,7 +24,7 @@ from moe_ep.backends.worker import CommunicationThread, release, run_in_mode, ru
 from moe_ep.buffer_calls import BufferCalls
 from moe_ep.config import Config, record_bytes
 from moe_ep.errors import MoeEpError, NotBuiltError
-from moe_ep.events import EventHandle, EventOverlap, Job
+from moe_ep.events import Done, EventHandle, EventOverlap, Job
 
 _LOGGER = logging.getLogger("moe_ep")
 _DEFAULT_TIMEOUT_S = 600.0
@@ -219,9 +219,7 @@ class Buffer(BufferCalls):
 
     def run_job(self, run: Callable[[], Result]) -> Job[Result]:
         """As :meth:`run`, with the result in a job; errors are raised here."""
-        future: Future[Result] = Future()
-        future.set_result(self.run(run))
-        return Job(future)
+        return Done(self.run(run))
 
     def drain(self) -> None:
         """Wait for every exchange issued so far; their errors stay with their jobs."""

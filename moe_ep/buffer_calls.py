@@ -313,7 +313,7 @@ class BufferCalls:
         per_rank = request.spec.num_local_experts
         counts = counted.choices[:, self.rank * per_rank : (self.rank + 1) * per_rank].sum(0)
         ends = counts.cumsum(0)
-        groups = Groups(counted.choices, counts, ends - counts, ends, plan.num_rows, False, None)
+        groups = Groups(counted.choices, counts, ends - counts, ends, plan.num_rows, True, False, None)
         recv = _empty_rows(request, plan.num_rows)
         source = torch.empty(plan.num_wire, dtype=torch.int32, device=request.rows.device)
 

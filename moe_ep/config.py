@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 
@@ -171,7 +172,7 @@ class ExchangeSpec:
         """e = E / R."""
         return self.num_experts // self.num_ranks
 
-    @property
+    @functools.cached_property
     def per_choice(self) -> bool:
         """Whether rows cross the wire once per choice rather than once per (token, rank)."""
         return self.layout != "compact" and wire_per_choice(self.num_ranks, self.num_experts, self.top_k)
@@ -187,8 +188,8 @@ class ExchangeSpec:
 
     def describe(self) -> str:
         """The settings in one line, for errors that show both sides."""
-        fields = {name: value for name, value in vars(self).items() if value is not None}
-        return ", ".join(f"{name}={value}" for name, value in fields.items())
+        names = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def digest(self) -> int:
         """31-bit hash of the settings, equal on all ranks that agree."""

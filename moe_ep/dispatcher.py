@@ -19,7 +19,8 @@ from moe_ep.errors import StaleHandleError
 from moe_ep.exchange import Exchanger, allow_dtype
 from moe_ep.handle import DispatchHandle
 from moe_ep.hooks import Hook, HookHandle
-from moe_ep.results import Dispatched, PendingCombine, PendingDispatch, dispatched
+from moe_ep.ops import are_transparent, run_combine, run_dispatch
+from moe_ep.results import Dispatched, PendingCombine, PendingDispatch, dispatched, dispatched_plainly
 from moe_ep.validate import check_dispatcher
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -239,10 +240,14 @@ class TokenDispatcher(nn.Module):
         # NOTE: plain attribute reads: they are what torch.compile guards on.
         rows, weights, counts, tensors = torch.ops.moe_ep.dispatch(
             x, topk_idx, topk_weights, self._anchor, self._ready_id()
+        if are_transparent(x, topk_idx, topk_weights):
+            exchanger = self._live()
+            result = run_dispatch(exchanger, x, topk_idx, topk_weights)
+            return dispatched_plainly(exchanger, result)
         )
         listed = None
         if self.capacity is None and self.layout != "slab" and not torch.compiler.is_compiling():
-            listed = counts.tolist()
+            listed = self._live().host_counts(counts)
         return dispatched(rows, weights, counts, tensors, self._settings, listed=listed)
 
     def combine(self, y: Tensor, handle: DispatchHandle, weights: Tensor | None = None) -> Tensor:
@@ -259,9 +264,12 @@ class TokenDispatcher(nn.Module):
         Raises:
             As :meth:`dispatch`, and StaleHandleError for a handle of another dispatcher, device, or before a reset.
         """
-        y, tensors = self._cast(y), self._tensors_of(handle)
+        y, handle = self._cast(y), self._checked(handle)
+        if are_transparent(y, weights):
+            return run_combine(self._live(), y, weights, handle.plan)
+        tensors = list(handle.tensors)
         if not _on_one_device(y, tensors[1], tensors[1] if weights is None else weights):
-            self._live().combine(y, weights, tensors)
+            self._live().combine(y, weights, handle.plan)
         return torch.ops.moe_ep.combine(y, weights, tensors, self._anchor, self._ready_id())
 
     def dispatch_async(
@@ -284,7 +292,7 @@ class TokenDispatcher(nn.Module):
 
         NOTE: y and weights must not be changed in place before ``.wait()``.
         """
-        exchange = CombineExchange(self._live(), self._tensors_of(handle))
+        exchange = CombineExchange(self._live(), self._checked(handle))
         return PendingCombine(exchange, CombineLaunch.apply(exchange, self._cast(y), weights, self._anchor))
 
     def plan(self, chunks: list[Tensor]) -> list[Counted]:
@@ -385,11 +393,11 @@ class TokenDispatcher(nn.Module):
         allow_dtype(self._ready_id(), dtype)
         return x.to(dtype)
 
-    def _tensors_of(self, handle: DispatchHandle) -> list[Tensor]:
+    def _checked(self, handle: DispatchHandle) -> DispatchHandle:
         if not isinstance(handle, DispatchHandle):
             error = ValueError(f"handle is {type(handle).__name__}; pass the handle of dispatch's result")
             self._live().refuse("combine", error)
-        return list(handle.tensors)
+        return handle
 
 
 def _new_anchor() -> Tensor:

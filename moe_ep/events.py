@@ -64,7 +64,7 @@ class Job(Generic[Result]):
         """Whether it is complete."""
         return self._future.done()
 
-    def event(self) -> WorkEvent:
+    def event(self) -> Waitable:
         """Its completion as an event."""
         return WorkEvent(self._future)
 
@@ -73,6 +73,25 @@ class EventOverlap:
     """An event together with the tensors that must outlive it.
 
     As a context manager it waits on exit, so that the block runs beside the exchange. Without an event both are no-ops.
+class Done(Job[Result]):
+    """An exchange that ran where it was issued."""
+
+    def __init__(self, result: Result) -> None:
+        self._result = result
+
+    def result(self) -> Result:
+        """What it gave."""
+        return self._result
+
+    def done(self) -> bool:
+        """True."""
+        return True
+
+    def event(self) -> Waitable:
+        """The current point of the current stream."""
+        return EventHandle()
+
+
 
     Args:
         event: what to wait for, or None.

@@ -149,10 +149,10 @@ class Exchanger:
 
         return self._launch(run, error, _CPU if rows is None else rows.device)
 
-    def combine(self, y: Tensor, row_weights: Tensor | None, plan_tensors: list[Tensor]) -> Job[Tensor]:
+    def combine(self, y: Tensor, row_weights: Tensor | None, plan: Plan) -> Job[Tensor]:
         """[T, H]: each token's weighted sum."""
         spec = self._spec_for(y)
-        plan, error = self._plan_of(plan_tensors)
+        error = self._refusal_of(plan)
         try:
             if error is None:
                 check_layout_rows("y", y, plan, spec)
@@ -173,10 +173,10 @@ class Exchanger:
         self._launch(lambda: self.buffer.control.open(call, error=error), error)
         raise AssertionError("unreachable: opening an exchange with an error raises it")
 
-    def replay(self, x: Tensor, plan_tensors: list[Tensor]) -> Job[Tensor]:
+    def replay(self, x: Tensor, plan: Plan) -> Job[Tensor]:
         """Layout rows of other rows [T, H] along a plan: the reversed combine."""
         spec = self._spec_for(x)
-        plan, error = self._plan_of(plan_tensors)
+        error = self._refusal_of(plan)
         try:
             if error is None:
                 check_rows("x", x, spec, plan.num_tokens)
@@ -189,12 +189,10 @@ class Exchanger:
 
         return self._launch(run, error, plan.device)
 
-    def combine_grads(
-        self, grads: Tensor, weight_grads: Tensor, plan_tensors: list[Tensor]
-    ) -> Job[tuple[Tensor, Tensor]]:
+    def combine_grads(self, grads: Tensor, weight_grads: Tensor, plan: Plan) -> Job[tuple[Tensor, Tensor]]:
         """Gradients of x [T, H] and of topk_weights [T, K]: the reversed dispatch."""
         spec = self._spec_for(grads)
-        plan, error = self._plan_of(plan_tensors)
+        error = self._refusal_of(plan)
 
         def run() -> tuple[Tensor, Tensor]:
             announce = self._announce("combine of gradients", spec, plan, error)
@@ -202,6 +200,10 @@ class Exchanger:
             return self.buffer.backend.combine_grads(grads.reshape(-1, spec.hidden_size), flat, plan, announce)
 
         return self._launch(run, error, plan.device)
+
+    def host_counts(self, tokens_per_expert: Tensor) -> list[int]:
+        """Choices that the last dispatch received for each local expert."""
+        return tokens_per_expert.tolist()
 
     def next_seq(self) -> int:
         """Number of the exchange being launched, for hooks."""
@@ -244,15 +246,14 @@ class Exchanger:
         """Accept rows of an autocast dtype from now on."""
         self._autocast_dtypes.add(dtype)
 
-    def _plan_of(self, tensors: list[Tensor]) -> tuple[Plan, Exception | None]:
-        plan = Plan.from_tensors(tensors)
+    def _refusal_of(self, plan: Plan) -> Exception | None:
         if plan.owner != self.id:
-            return plan, StaleHandleError(
+            return StaleHandleError(
                 "the handle was made by another dispatcher: pass the handle that this dispatcher's dispatch returned"
             )
         if plan.incarnation != self.buffer.control.incarnation:
-            return plan, StaleHandleError("the handle is from before reset(): dispatch again")
-        return plan, None
+            return StaleHandleError("the handle is from before reset(): dispatch again")
+        return None
 
     def _agree_tokens(self, largest: int) -> int:
         """The T that ``Capacity(factor=...)`` is meant for: given, or that of the first exchange; never larger later.

@@ -27,6 +27,7 @@ class Groups:
         starts: [e] first layout row of each group.
         ends: [e] end of each aligned group.
         num_rows: layout rows allocated.
+        packed: whether each group begins where the last row of the one before ends.
         zero_padded: whether the rows between a group's count and its end are zero, rather than undefined (slabs).
         overflow: set when some rank's capacity is exceeded, the same on every rank.
     """
@@ -36,6 +37,7 @@ class Groups:
     starts: Tensor
     ends: Tensor
     num_rows: int
+    packed: bool
     zero_padded: bool
     overflow: Overflow | None
 
@@ -152,11 +154,12 @@ class Plan:
         if self.place.back_rows is self.place.row_pos and self.place.row_pos is not None:
             place[_IDENTITY_FLAGS.index("back_rows")] = self.place.row_pos.clone()
         send = self.send
+        shared = send.token_rows is send.choice_pos
         return [
             sizes,
             send.send_src,
             send.choice_pos,
-            send.token_rows,
+            send.token_rows.clone() if shared else send.token_rows,
             send.token_offsets,
             self.place.pad_rows,
             *(empty.clone() if tensor is None else tensor for tensor in place),
@@ -195,15 +198,20 @@ class DispatchHandle:
     It holds nothing but index tensors: no payload, no buffer memory, nothing that requires grad.
 
     Attributes:
-        tensors: the plan, in the form of the operators of ``moe_ep::``.
+        kept: the plan, or its tensors where an operator returned them.
     """
 
-    tensors: tuple[Tensor, ...]
+    kept: Plan | tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The plan in the form of the operators of ``moe_ep::``."""
+        return self.kept if isinstance(self.kept, tuple) else tuple(self.kept.to_tensors())
 
     @property
     def plan(self) -> Plan:
         """The plan with its numbers on the host."""
-        return Plan.from_tensors(self.tensors)
+        return Plan.from_tensors(self.kept) if isinstance(self.kept, tuple) else self.kept
 
 
 class BufferHandle(NamedTuple):

@@ -16,16 +16,18 @@ from torch.autograd.function import FunctionCtx
 
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import ExchangeSpec
-from moe_ep.exchange import lookup
-from moe_ep.handle import NUM_PLAN_TENSORS, NUM_SCALARS
+from moe_ep.exchange import Exchanger, lookup
+from moe_ep.handle import NUM_PLAN_TENSORS, NUM_SCALARS, Plan
 
 
 def extras_of(result: Dispatch) -> list[Tensor]:
     """What a dispatch returns behind the replayable plan: expert_ends, overflow, topk_idx (empty unless compact)."""
-    topk_idx = result.topk_idx
+    topk_idx, overflow, device = result.topk_idx, result.overflow, result.rows.device
     if topk_idx is None:
-        topk_idx = torch.empty(0, dtype=torch.int64, device=result.rows.device)
-    return [result.expert_ends, result.overflow, topk_idx]
+        topk_idx = torch.empty(0, dtype=torch.int64, device=device)
+    if overflow is None:
+        overflow = torch.zeros((), dtype=torch.bool, device=device)
+    return [result.expert_ends, overflow, topk_idx]
 
 
 # NOTE: not torch.library.custom_op: its wrappers, which walk every argument as a tree, cost as much as a whole small
@@ -45,25 +47,32 @@ _OPS = torch.ops.moe_ep
 # What the operators do
 
 
-@torch.library.impl(_LIBRARY, "dispatch", "CompositeExplicitAutograd")
-def _dispatch(
-    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, anchor: Tensor, dispatcher_id: int
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Rows [T, H] to the ranks of their experts: (rows, row_weights, tokens_per_expert, plan and extras)."""
-    exchanger = lookup(dispatcher_id)
+def are_transparent(*tensors: Tensor | None) -> bool:
+    """Whether an operator would go straight to its kernel: no graph to build, nobody who watches or traces.
+
+    Small exchanges then do without operators, whose layers and lists of tensors cost about what planning does.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.autograd._profiler_enabled():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return all(tensor is None or type(tensor) is Tensor for tensor in tensors)
+
+
+def run_dispatch(exchanger: Exchanger, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatch:
+    """A whole dispatch, with its hooks."""
     seq = exchanger.next_seq()
     job = exchanger.dispatch(x, topk_idx, topk_weights, None)
     exchanger.fire("dispatch_launched", seq)
     result = job.result()
-    rows, weights = exchanger.layout_rows(result)
     exchanger.fire("dispatch_ready", seq)
-    return rows, weights, result.tokens_per_expert, [*result.plan.to_tensors(), *extras_of(result)]
+    return result
 
 
-@torch.library.impl(_LIBRARY, "combine", "CompositeExplicitAutograd")
-def _combine(y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: Tensor, dispatcher_id: int) -> Tensor:
-    """Layout rows home: [T, H], each token's (weighted) sum."""
-    exchanger = lookup(dispatcher_id)
+def run_combine(exchanger: Exchanger, y: Tensor, row_weights: Tensor | None, plan: Plan) -> Tensor:
+    """A whole combine, with its hooks."""
     seq = exchanger.next_seq()
     job = exchanger.combine(y, row_weights, plan)
     exchanger.fire("combine_launched", seq)
@@ -72,12 +81,29 @@ def _combine(y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: 
     return out
 
 
+@torch.library.impl(_LIBRARY, "dispatch", "CompositeExplicitAutograd")
+def _dispatch(
+    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, anchor: Tensor, dispatcher_id: int
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Rows [T, H] to the ranks of their experts: (rows, row_weights, tokens_per_expert, plan and extras)."""
+    exchanger = lookup(dispatcher_id)
+    result = run_dispatch(exchanger, x, topk_idx, topk_weights)
+    rows, weights = exchanger.layout_rows(result)
+    return rows, weights, result.tokens_per_expert, [*result.plan.to_tensors(), *extras_of(result)]
+
+
+@torch.library.impl(_LIBRARY, "combine", "CompositeExplicitAutograd")
+def _combine(y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: Tensor, dispatcher_id: int) -> Tensor:
+    """Layout rows home: [T, H], each token's (weighted) sum."""
+    return run_combine(lookup(dispatcher_id), y, row_weights, Plan.from_tensors(plan))
+
+
 @torch.library.impl(_LIBRARY, "dispatch_replay", "CompositeExplicitAutograd")
 def _dispatch_replay(x: Tensor, plan: list[Tensor], num_rows: int, dispatcher_id: int) -> Tensor:
     """Gradients [T, H] of a combine's output to layout rows; ``num_rows`` is the first size of the result."""
     exchanger = lookup(dispatcher_id)
     seq = exchanger.next_seq()
-    job = exchanger.replay(x.contiguous(), plan)
+    job = exchanger.replay(x.contiguous(), Plan.from_tensors(plan))
     exchanger.fire("backward_combine_launched", seq)
     rows = job.result()
     exchanger.fire("backward_combine_ready", seq)
@@ -91,7 +117,7 @@ def _combine_grads(
     """Gradients of layout rows and row weights home: those of x [T, H] and topk_weights [T, K]."""
     exchanger = lookup(dispatcher_id)
     seq = exchanger.next_seq()
-    job = exchanger.combine_grads(grads.contiguous(), weight_grads.contiguous(), plan)
+    job = exchanger.combine_grads(grads.contiguous(), weight_grads.contiguous(), Plan.from_tensors(plan))
     exchanger.fire("backward_dispatch_launched", seq)
     dx, dweights = job.result()
     exchanger.fire("backward_dispatch_ready", seq)

@@ -9,6 +9,8 @@ grouped. Nothing here loops over tokens or experts, and nothing communicates.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,14 @@ def logical_to_physical(topk_idx: Tensor, expert_map: Tensor) -> Tensor:
 def count_choices(topk_idx: Tensor, num_experts: int) -> Tensor:
     """[E] int64 choices of each expert. ``topk_idx`` [T, K] int64, -1 = no choice."""
     return torch.bincount(topk_idx.flatten() + 1, minlength=num_experts + 1)[1:]
+
+
+def count_tokens_and_choices(topk_idx: Tensor, num_experts: int) -> Tensor:
+    """[1 + E] int64 on the CPU: T, then the choices of each expert. ``topk_idx`` [T, K] int64, -1 = no choice."""
+    counts = torch.bincount(topk_idx.flatten() + 1, minlength=num_experts + 1).cpu()
+    # The place of those that are no choice.
+    counts[0] = topk_idx.shape[0]
+    return counts
 
 
 def tokens_in_rank(topk_idx: Tensor, num_experts: int, num_ranks: int) -> Tensor:
@@ -140,16 +150,20 @@ def make_groups(
         num_rows = int(rows_per_rank[:, rank].sum())
         if spec.capacity is not None:
             num_rows = spec.capacity.rows or per_expert * spec.num_local_experts
-        return Groups(kept, counts, ends - counts, ends, num_rows, False, overflow)
+        return Groups(kept, counts, ends - counts, ends, num_rows, True, False, overflow)
+    packed = False
     if per_expert:
         sizes = torch.full_like(counts, per_expert)
+    elif spec.alignment == 1:
+        sizes, packed = counts, True
     else:
         sizes = -(-counts // spec.alignment) * spec.alignment
+        packed = torch.equal(sizes, counts)
     ends = sizes.cumsum(0)
     num_rows = int(ends[-1])
     if spec.capacity is not None and spec.capacity.rows is not None:
         num_rows = spec.capacity.rows
-    return Groups(kept, counts, ends - sizes, ends, num_rows, spec.layout != "slab", overflow)
+    return Groups(kept, counts, ends - sizes, ends, num_rows, packed, spec.layout != "slab", overflow)
 
 
 def _sort_by_expert(topk_idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,26 +191,33 @@ def drop_choices(topk_idx: Tensor, allowed: Tensor) -> Tensor:
     return out
 
 
-def plan_send_per_choice(topk_idx: Tensor, counts: Tensor, num_ranks: int) -> SendPlan:
+def plan_send_per_choice(topk_idx: Tensor, num_experts: int, num_ranks: int) -> SendPlan:
     """One wire row per choice, ordered by (destination, local expert, token).
 
     Args:
         topk_idx: [T, K] int64, -1 = no choice.
-        counts: [E] int64 on the CPU, choices of each expert.
+        num_experts: E.
         num_ranks: R.
     """
     num_tokens, top_k = topk_idx.shape
-    choices, _ = _sort_by_expert(topk_idx)
-    choice_pos = torch.full((num_tokens * top_k,), -1, dtype=torch.int64, device=topk_idx.device)
-    choice_pos[choices] = torch.arange(choices.numel(), device=topk_idx.device)
-    chosen = choice_pos.view(num_tokens, top_k) >= 0
-    return SendPlan(
-        send_src=torch.div(choices, top_k, rounding_mode="floor"),
-        send_counts=counts.view(num_ranks, -1).sum(1).tolist(),
-        choice_pos=choice_pos,
-        token_rows=choice_pos[chosen.flatten()],
-        token_offsets=exclusive_cumsum(chosen.sum(1)),
-    )
+    device = topk_idx.device
+    experts, choices = torch.sort(topk_idx.flatten(), stable=True)
+    borders = torch.arange(0, num_experts + 1, num_experts // num_ranks, device=device)
+    edges = torch.searchsorted(experts, borders).tolist()
+    send_counts = [end - begin for begin, end in itertools.pairwise(edges)]
+    rows = torch.arange(choices.numel() - edges[0], device=device)
+    if edges[0] == 0:
+        choice_pos = torch.empty_like(choices).scatter_(0, choices, rows)
+        token_rows = choice_pos
+        token_offsets = torch.arange(0, choices.numel(), top_k, device=device)
+    else:
+        choices = choices[edges[0] :]
+        choice_pos = torch.full((num_tokens * top_k,), -1, dtype=torch.int64, device=device).scatter_(0, choices, rows)
+        chosen = choice_pos >= 0
+        token_rows = choice_pos[chosen]
+        token_offsets = exclusive_cumsum(chosen.view(num_tokens, top_k).sum(1))
+    send_src = torch.div(choices, top_k, rounding_mode="floor")
+    return SendPlan(send_src, send_counts, choice_pos, token_rows, token_offsets)
 
 
 def plan_send_per_rank(in_rank: Tensor, send_counts: list[int], topk_idx: Tensor | None, num_experts: int) -> SendPlan:
@@ -210,34 +231,37 @@ def plan_send_per_rank(in_rank: Tensor, send_counts: list[int], topk_idx: Tensor
     """
     num_tokens, num_ranks = in_rank.shape
     by_rank = in_rank.t().contiguous()
-    pairs = by_rank.nonzero()
-    slot = torch.full((num_ranks, num_tokens), -1, dtype=torch.int64, device=in_rank.device)
-    slot[by_rank] = torch.arange(pairs.shape[0], device=in_rank.device)
-    slot = slot.t()
+    # Wire rows up to and including each (rank, token).
+    row = by_rank.view(-1).cumsum(0).sub_(1).view(num_ranks, num_tokens).t()
     choice_pos = torch.empty(0, dtype=torch.int64, device=in_rank.device)
     if topk_idx is not None:
         top_k = topk_idx.shape[1]
-        rank = torch.div(topk_idx.clamp(min=0), num_experts // num_ranks, rounding_mode="floor")
-        place = slot.gather(1, rank) * top_k + torch.arange(top_k, device=in_rank.device)
-        choice_pos = torch.where(topk_idx >= 0, place, -1).flatten()
+        rank = torch.div(topk_idx, num_experts // num_ranks, rounding_mode="floor").clamp_(min=0)
+        place = row.gather(1, rank).mul_(top_k).add_(torch.arange(top_k, device=in_rank.device))
+        choice_pos = place.masked_fill_(topk_idx < 0, -1).flatten()
     return SendPlan(
-        # Already contiguous on a CPU, where it would keep both columns alive.
-        send_src=pairs[:, 1].clone(),
+        # NOTE: a copy: the column alone would keep both alive.
+        send_src=by_rank.nonzero()[:, 1].clone(),
         send_counts=send_counts,
         choice_pos=choice_pos,
-        token_rows=slot[in_rank],
+        token_rows=row.masked_select(in_rank),
         token_offsets=exclusive_cumsum(in_rank.sum(1)),
     )
 
 
-def local_choices(topk_idx: Tensor, send: SendPlan, num_experts: int) -> Tensor:
-    """[S, K] int64 expert ids as the destination numbers them, -1 where a choice is another rank's."""
-    per_rank = num_experts // len(send.send_counts)
-    ranks = torch.arange(len(send.send_counts), device=topk_idx.device)
-    counts = torch.tensor(send.send_counts, device=topk_idx.device)
-    base = torch.repeat_interleave(ranks * per_rank, counts, output_size=sum(send.send_counts))
-    ids = topk_idx.index_select(0, send.send_src) - base.unsqueeze(1)
-    return ids.masked_fill_((ids < 0) | (ids >= per_rank), -1)
+def localize(topk_idx: Tensor, num_local_experts: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Number expert ids as a rank does.
+
+    Args:
+        topk_idx: [N, K] int64, -1 = no choice.
+        num_local_experts: e.
+        rank: whose experts count.
+
+    Returns:
+        [N, K] int64 local ids, -1 where a choice is another rank's, and [N, K] bool where one is.
+    """
+    foreign = torch.div(topk_idx, num_local_experts, rounding_mode="floor") != rank
+    return (topk_idx - rank * num_local_experts).masked_fill_(foreign, -1), foreign
 
 
 def place_per_rank(local_ids: Tensor, groups: Groups) -> PlacePlan:
@@ -249,53 +273,52 @@ def place_per_rank(local_ids: Tensor, groups: Groups) -> PlacePlan:
     """
     num_wire, top_k = local_ids.shape
     device = local_ids.device
-    choices, _ = _sort_by_expert(local_ids)
+    # Choices of other ranks come first.
+    num_foreign = local_ids.numel() - int(groups.counts.sum())
+    choices = torch.sort(local_ids.flatten(), stable=True).indices[num_foreign:]
     positions = _valid_positions(groups, device)
     layout = torch.arange(choices.numel(), device=device) if positions is None else positions
-    of_choice = torch.full((num_wire * top_k,), -1, dtype=torch.int64, device=device)
-    of_choice[choices] = layout
+    of_choice = torch.empty(num_wire * top_k, dtype=torch.int64, device=device).scatter_(0, choices, layout)
     chosen = local_ids >= 0
     return PlacePlan(
         row_src=torch.div(choices, top_k, rounding_mode="floor"),
         row_pos=positions,
         pad_rows=_pad_rows(groups, device),
         row_choice=choices,
-        back_rows=of_choice[chosen.flatten()],
+        back_rows=of_choice.masked_select(chosen.flatten()),
         back_offsets=exclusive_cumsum(chosen.sum(1)),
     )
 
 
-def place_per_choice(source_counts: Tensor, groups: Groups, device: torch.device) -> PlacePlan:
+def place_per_choice(source_counts: Tensor, groups: Groups, num_rows: int, device: torch.device) -> PlacePlan:
     """Regroup rows that came once per choice: (source, local expert, token) -> (local expert, source, token).
 
     Args:
         source_counts: [R, e] int64 on the CPU, rows from each source for each local expert.
         groups: this rank's groups.
+        num_rows: sum of the counts.
         device: of the rows.
     """
     positions = _valid_positions(groups, device)
-    row_src = None
-    if min(source_counts.shape) > 1:
-        starts = exclusive_cumsum(source_counts.flatten()).view_as(source_counts)
-        row_src = ranges(starts.t().flatten(), source_counts.t().flatten()).to(device)
-    if row_src is None:
-        back_rows = positions
-    else:
-        layout = torch.arange(row_src.numel(), device=device) if positions is None else positions
-        back_rows = torch.empty_like(row_src)
-        back_rows[row_src] = layout
+    if min(source_counts.shape) == 1:
+        return PlacePlan(None, positions, _pad_rows(groups, device), None, positions, None)
+    counts = source_counts.t().flatten()
+    starts = exclusive_cumsum(source_counts.flatten()).view_as(source_counts).t().flatten()
+    rows = torch.arange(num_rows)
+    row_src = torch.repeat_interleave(starts - exclusive_cumsum(counts), counts, output_size=num_rows).add_(rows)
+    row_src = row_src.to(device)
+    layout = rows.to(device) if positions is None else positions
+    back_rows = torch.empty_like(row_src).scatter_(0, row_src, layout)
     return PlacePlan(row_src, positions, _pad_rows(groups, device), row_src, back_rows, None)
 
 
 def _valid_positions(groups: Groups, device: torch.device) -> Tensor | None:
     """[V] layout row of each valid row in the order of the groups; None when the groups are packed without gaps."""
-    if torch.equal(groups.starts, exclusive_cumsum(groups.counts)):
-        return None
-    return ranges(groups.starts, groups.counts).to(device)
+    return None if groups.packed else ranges(groups.starts, groups.counts).to(device)
 
 
 def _pad_rows(groups: Groups, device: torch.device) -> Tensor:
-    if not groups.zero_padded:
+    if not groups.zero_padded or groups.packed:
         return torch.empty(0, dtype=torch.int64, device=device)
     pads = groups.ends - groups.starts - groups.counts
     return ranges(groups.starts + groups.counts, pads).to(device)

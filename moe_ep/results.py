@@ -7,7 +7,9 @@ import dataclasses
 from torch import Tensor
 
 from moe_ep.autograd import CombineExchange, CombineWait, DispatchExchange, DispatchWait
+from moe_ep.backends.types import Dispatch
 from moe_ep.config import ExchangeSpec
+from moe_ep.exchange import Exchanger
 from moe_ep.handle import NUM_PLAN_TENSORS, DispatchHandle
 from moe_ep.ops import extras_of
 
@@ -60,7 +62,7 @@ class PendingDispatch:
             result = self._exchange.result
             assert result is not None
             tensors = [*self._exchange.plan_tensors, *extras_of(result)]
-            counts = result.groups.counts.tolist()
+            counts = None if result.groups.counts is None else result.groups.counts.tolist()
             spec = self._exchange.exchanger.spec
             self._result = dispatched(
                 rows, weights, result.tokens_per_expert, tensors, spec, scales=result.scales, listed=counts
@@ -86,6 +88,25 @@ class PendingCombine:
             self._exchange.job = None
         assert self._result is not None
         return self._result
+def dispatched_plainly(exchanger: Exchanger, result: Dispatch) -> Dispatched:
+    """What a dispatch returns to its caller where no operator stands in between."""
+    spec = exchanger.spec
+    exact = spec.capacity is None and spec.layout != "slab"
+    rows, weights = exchanger.layout_rows(result)
+    return Dispatched(
+        x=rows,
+        scales=None,
+        weights=weights,
+        topk_idx=result.topk_idx,
+        tokens_per_expert=result.tokens_per_expert,
+        expert_ends=result.expert_ends,
+        tokens_per_expert_list=exchanger.host_counts(result.tokens_per_expert) if exact else None,
+        num_rows=result.plan.num_rows,
+        overflow=result.overflow,
+        handle=DispatchHandle(result.plan),
+    )
+
+
 
 
 def dispatched(

@@ -138,6 +138,8 @@ def check_ids(topk_idx: Tensor, num_ids: int) -> None:
             f"topk_idx[{bad[0]}, {bad[1]}]={int(topk_idx[bad[0], bad[1]])} is out of range; ids must satisfy "
             f"-1 <= id < {num_ids}, with -1 for no choice"
         )
+    if low >= 0 and _all_differ(topk_idx):
+        return
     repeated = _repeated_choices(topk_idx)
     if repeated.any():
         token = int(repeated.nonzero()[0, 0])
@@ -145,6 +147,15 @@ def check_ids(topk_idx: Tensor, num_ids: int) -> None:
             f"topk_idx[{token}]={topk_idx[token].tolist()} repeats an expert; a token may choose an expert only once: "
             "set the repeat to -1 and add its weight to the first"
         )
+
+
+def _all_differ(topk_idx: Tensor) -> bool:
+    """Whether no token repeats an id, in few steps."""
+    num_tokens, top_k = topk_idx.shape
+    if top_k > _PAIRWISE_TOP_K:
+        return False
+    ids = topk_idx.t().contiguous()
+    return int(torch.count_nonzero(ids.unsqueeze(0) == ids.unsqueeze(1))) == num_tokens * top_k
 
 
 def _repeated_choices(topk_idx: Tensor) -> Tensor:

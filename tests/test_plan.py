@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from moe_ep.plan import (
     count_choices,
     drop_choices,
     fit_capacity,
-    local_choices,
+    localize,
     logical_to_physical,
     make_groups,
     place_per_choice,
@@ -59,7 +60,7 @@ class Simulation:
     def _plan_send(self, rank: int) -> SendPlan:
         case, ids = self.case, self.ids[rank]
         if self.per_choice:
-            return plan_send_per_choice(ids, self.kept[rank], case.num_ranks)
+            return plan_send_per_choice(ids, case.num_experts, case.num_ranks)
         in_rank = tokens_in_rank(ids, case.num_experts, case.num_ranks)
         return plan_send_per_rank(in_rank, self.rows_per_rank[rank].tolist(), ids, case.num_experts)
 
@@ -72,7 +73,7 @@ class Simulation:
         for source, send in enumerate(self.sends):
             begin = sum(send.send_counts[:rank])
             tokens = send.send_src.tolist()
-            ids = local_choices(self.ids[source], send, self.case.num_experts).tolist()
+            ids = localize(self.ids[source][send.send_src], self.spec.num_local_experts, rank)[0].tolist()
             choice_of = {pos: c for c, pos in enumerate(send.choice_pos.tolist()) if pos >= 0}
             for row in range(begin, begin + send.send_counts[rank]):
                 choice = choice_of[row] % self.case.top_k if self.per_choice else -1
@@ -85,7 +86,7 @@ class Simulation:
         if self.per_choice:
             first = rank * self.spec.num_local_experts
             counts = self.kept[:, first : first + self.spec.num_local_experts]
-            place = place_per_choice(counts, groups, torch.device("cpu"))
+            place = place_per_choice(counts, groups, int(counts.sum()), torch.device("cpu"))
         else:
             ids = torch.tensor([row for _, row in wire], dtype=torch.int64).reshape(len(wire), self.case.top_k)
             place = place_per_rank(ids, groups)
@@ -315,8 +316,8 @@ def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, per_choice=True)
     real = place_per_choice
 
-    def swapped(counts: torch.Tensor, groups: Groups, device: torch.device) -> PlacePlan:
-        place = real(counts, groups, device)
+    def swapped(*args: Any) -> PlacePlan:  # noqa: ANN401
+        place = real(*args)
         source = place.row_src.clone()
         source[[0, 1]] = source[[1, 0]]
         return replace(place, row_src=source)

@@ -67,7 +67,7 @@ def place_values(values: Tensor, plan: Plan) -> Tensor:
 def place_choices(weights: Tensor, plan: Plan) -> Tensor:
     """Weights as received ([N, K] or [N]) to layout rows [num_rows]."""
     flat = weights.flatten()
-    return spread(flat if plan.place.row_choice is None else flat[plan.place.row_choice], plan)
+    return spread(flat if plan.place.row_choice is None else flat.index_select(0, plan.place.row_choice), plan)
 
 
 def fill_rows(values: Tensor, plan: Plan, fill: float) -> Tensor:

@@ -29,7 +29,7 @@ from moe_ep.backends.wire import WORD_BYTES, Metadata, Received, as_words, dequa
 from moe_ep.config import ExchangeSpec
 from moe_ep.handle import PlacePlan, Plan, SendPlan
 from moe_ep.plan import (
-    count_choices,
+    count_tokens_and_choices,
     drop_choices,
     fit_capacity,
     make_groups,
@@ -71,10 +71,10 @@ class TorchBackend:
 
     def count_words(self, topk_idx: Tensor, spec: ExchangeSpec) -> Tensor:
         """What other ranks must know of a set of tokens: [n] int64 on the CPU, read by ``Counted.from_table``."""
-        words = [torch.tensor([topk_idx.shape[0]], device="cpu"), count_choices(topk_idx, spec.num_experts).cpu()]
-        if not spec.per_choice:
-            words.append(tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks).sum(0).cpu())
-        return torch.cat(words)
+        words = count_tokens_and_choices(topk_idx, spec.num_experts)
+        if spec.per_choice:
+            return words
+        return torch.cat([words, tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks).sum(0).cpu()])
 
     # Dispatch
 
@@ -106,7 +106,7 @@ class TorchBackend:
         if spec.capacity is not None:
             answer = announce(None).finish()
             counted = Counted.from_table(answer.table, spec) if planned is None else planned
-            max_tokens = agree_tokens(int(counted.tokens.max()))
+            max_tokens = agree_tokens(max(counted.tokens.tolist()))
             prepared = self.prepare(topk_idx, counted, spec, owner, max_tokens=max_tokens)
             return self.move(x, scales, topk_weights, prepared)
         # Without a capacity the source's half needs nobody's counts: rows travel with their own.
@@ -120,7 +120,7 @@ class TorchBackend:
     def plan_send(self, topk_idx: Tensor, spec: ExchangeSpec) -> SendPlan:
         """The source's half of a plan; ``topk_idx`` after capacity drops."""
         if spec.per_choice:
-            return plan_send_per_choice(topk_idx, count_choices(topk_idx, spec.num_experts), spec.num_ranks)
+            return plan_send_per_choice(topk_idx, spec.num_experts, spec.num_ranks)
         in_rank = tokens_in_rank(topk_idx, spec.num_experts, spec.num_ranks)
         return plan_send_per_rank(in_rank, in_rank.sum(0).tolist(), topk_idx, spec.num_experts)
 
@@ -144,7 +144,7 @@ class TorchBackend:
             max_tokens: tokens per rank that ``Capacity(factor=...)`` is meant for.
         """
         rank = self.control.rank
-        self.max_tokens = max(self.max_tokens, int(counted.tokens.max()))
+        self.max_tokens = max(self.max_tokens, *counted.tokens.tolist())
         kept, per_expert, overflow = fit_capacity(counted.choices, counted.rows, spec, max_tokens)
         rows_per_rank = counted.rows
         if overflow is not None:
@@ -176,7 +176,7 @@ class TorchBackend:
         cast = spec.wire_dtype is not None and scales is None
         payload, scales = quantize(x) if cast else (x, scales)
         layout = Metadata.of(spec, topk_weights, scales)
-        meta = layout.pack(topk_idx, topk_weights, scales, send, spec)
+        meta = layout.pack(topk_idx, topk_weights, scales, send)
         load = self.transport.load(payload, send.send_src, send.send_counts, meta, num_words)
         return Packed(load, layout, x.dtype if cast else None)
 
@@ -187,9 +187,10 @@ class TorchBackend:
 
     def place(self, packed: Packed, prepared: Prepared, answer: Answer | None) -> Dispatch:
         """Put what arrives in its place."""
-        groups, compact = prepared.groups, prepared.spec.layout == "compact"
+        spec, groups = prepared.spec, prepared.groups
+        compact = spec.layout == "compact"
         received = self.transport.ship(packed.load, prepared.recv_counts, answer)
-        ids, weights, scales, recv_src = packed.layout.unpack(received.meta)
+        ids, weights, scales, recv_src = packed.layout.unpack(received.meta, spec, self.control.rank)
         device = received.buffer.device
         plan = self.make_plan(prepared, self._plan_places(prepared, ids, device), packed.layout.weight_bytes)
         rows = self._place(received.buffer, received.index, plan)
@@ -212,7 +213,7 @@ class TorchBackend:
             recv_src_idx=recv_src,
             tokens_per_expert=groups.counts.to(device=device, dtype=torch.int32),
             expert_ends=groups.ends.to(device=device, dtype=torch.int32),
-            overflow=torch.tensor(groups.overflow is not None, device=device),
+            overflow=None if spec.capacity is None else torch.tensor(groups.overflow is not None, device=device),
             plan=plan,
             groups=groups,
         )
@@ -223,7 +224,8 @@ class TorchBackend:
             return identity_places(device)
         if spec.per_choice:
             first = self.control.rank * spec.num_local_experts
-            return place_per_choice(groups.kept[:, first : first + spec.num_local_experts], groups, device)
+            counts = groups.kept[:, first : first + spec.num_local_experts]
+            return place_per_choice(counts, groups, sum(prepared.recv_counts), device)
         assert ids is not None
         return place_per_rank(ids, groups)
 
@@ -231,6 +233,7 @@ class TorchBackend:
         """The replayable plan of a prepared dispatch."""
         spec, groups = prepared.spec, prepared.groups
         num_wire = sum(prepared.recv_counts)
+        one_each = spec.per_choice or spec.layout == "compact"
         return Plan(
             owner=prepared.owner,
             incarnation=self.control.incarnation,
@@ -239,7 +242,7 @@ class TorchBackend:
             top_k=prepared.topk_idx.shape[1],
             num_wire=num_wire,
             num_rows=groups.num_rows,
-            num_valid=num_wire if spec.layout == "compact" else int(groups.counts.sum()),
+            num_valid=num_wire if one_each else int(groups.counts.sum()),
             per_choice=spec.per_choice,
             overflowed=groups.overflow is not None and spec.on_overflow == "raise",
             weight_bytes=weight_bytes,
@@ -307,7 +310,7 @@ class TorchBackend:
         """Copy wire rows to their layout rows [num_rows, H]; rows past the last group stay undefined."""
         source = plan.place.row_src
         if index is not None:
-            source = index if source is None else index[source]
+            source = index if source is None else index.index_select(0, source)
         valid = buffer if source is None else buffer.index_select(0, source)
         return spread(valid, plan)
 
@@ -344,9 +347,9 @@ class TorchBackend:
             rows, index, weights = self._homeward(y, row_weights, plan)
             meta = None if weights is None else as_words(weights.unsqueeze(1))
             received = self._swap(rows, index, plan.recv_counts, send.send_counts, meta, announce)
-            order = send.token_rows if received.index is None else received.index[send.token_rows]
+            order = send.token_rows if received.index is None else received.index.index_select(0, send.token_rows)
             if row_weights is not None and received.meta is not None:
-                weights = received.meta.view(row_weights.dtype).squeeze(1)[send.token_rows]
+                weights = received.meta.view(row_weights.dtype).squeeze(1).index_select(0, send.token_rows)
             out = reduce_rows(received.buffer, order, send.token_offsets, weights, bias)
         return poison(out) if plan.overflowed else out
 
@@ -368,7 +371,7 @@ class TorchBackend:
         rows, index, _ = self._homeward(grads, None, plan)
         meta = as_words(collect_choices(weight_grads, plan))
         received = self._swap(rows, index, plan.recv_counts, send.send_counts, meta, announce)
-        index = send.token_rows if received.index is None else received.index[send.token_rows]
+        index = send.token_rows if received.index is None else received.index.index_select(0, send.token_rows)
         dx = reduce_rows(received.buffer, index, send.token_offsets)
         assert received.meta is not None
         values = received.meta.view(weight_grads.dtype).flatten()
@@ -397,11 +400,11 @@ class TorchBackend:
         place = plan.place
         if place.back_offsets is not None:
             assert place.back_rows is not None
-            weights = None if row_weights is None else row_weights[place.back_rows]
+            weights = None if row_weights is None else row_weights.index_select(0, place.back_rows)
             return reduce_rows(y, place.back_rows, place.back_offsets, weights), None, None
         if place.back_rows is None:
             return y[: plan.num_wire], None, None if row_weights is None else row_weights[: plan.num_wire]
-        return y, place.back_rows, None if row_weights is None else row_weights[place.back_rows]
+        return y, place.back_rows, None if row_weights is None else row_weights.index_select(0, place.back_rows)
 
     def _swap(
         self,

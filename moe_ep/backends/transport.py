@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_ep.backends.control import ENVELOPE_BYTES, HEADER_BYTES, Answer, ControlPlane, Outbox
-from moe_ep.backends.wire import WORD_BYTES, Received, pack_rows, region_rows, unpack_rows
+from moe_ep.backends.wire import WORD_BYTES, Memory, Received, pack_rows, region_rows, unpack_rows
 
 
-@dataclasses.dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """What is about to be sent.
 
     Attributes:
-        rows: [M, W] rows by destination with their metadata behind them; in envelopes, those of this rank alone.
+        rows: [M, W] rows by destination with their metadata behind them; the inbox where they are in envelopes.
         regions: rows for each rank.
         meta: [S, words] int32 metadata, which for a single rank stays here.
+        inbox: where envelopes arrive, and the rows that this rank sends to itself.
         head_rows: rows that the header takes in front of each enclosed region.
         outbox: how the load, or the header alone, goes into envelopes; None for a load that was announced before.
     """
@@ -28,6 +29,7 @@ class Load:
     rows: Tensor
     regions: list[int]
     meta: Tensor | None
+    inbox: Memory | None = None
     head_rows: int = 0
     outbox: Outbox | None = None
 
@@ -54,6 +56,7 @@ class Transport:
         self.control = control
         self._group = group
         self._memory: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, int], Memory] = {}
 
     @property
     def memory_bytes(self) -> int:
@@ -62,7 +65,7 @@ class Transport:
 
     def reset(self) -> None:
         """Forget the memory: an exchange that failed may still be written to it."""
-        self._memory = {}
+        self._memory, self._views = {}, {}
 
     def load(
         self,
@@ -93,9 +96,9 @@ class Transport:
     ) -> Load:
         if index is None and meta is None:
             return Load(rows.contiguous(), regions, None)
-        packed = self._scratch("send", rows, sum(regions))
-        pack_rows(list(packed.split(regions)), rows, index, counts, meta)
-        return Load(packed, regions, meta)
+        send = self._scratch("send", rows, sum(regions))
+        pack_rows([send] * len(counts), _starts_of(regions), rows, index, counts, meta)
+        return Load(send.rows[: sum(regions)], regions, meta)
 
     def _load_envelopes(
         self,
@@ -112,24 +115,22 @@ class Transport:
         sizes = [head + region for region in regions]
         sizes[rank] = 0
         base = (self.control.size - 1) * stride
-        if max(sizes) * row_bytes > ENVELOPE_BYTES:
-            inbox = self._scratch("receive", rows, base)
-            outbox = Outbox(None, [], inbox.view(torch.uint8).view(-1), stride * row_bytes)
-            bulk = self._load_bulk(rows, index, counts, regions, meta)
-            return dataclasses.replace(bulk, outbox=outbox, head_rows=head)
+        enclosed = max(sizes) * row_bytes <= ENVELOPE_BYTES
         # This rank's own rows go where they would have arrived, behind the others' envelopes.
-        inbox = self._scratch("receive", rows, base + regions[rank])
+        inbox = self._scratch("receive", rows, base + regions[rank] if enclosed else base)
+        posted = self._memory["receive"][: base * row_bytes]
+        if not enclosed:
+            outbox = Outbox(None, [], posted, stride * row_bytes)
+            return self._load_bulk(rows, index, counts, regions, meta)._replace(
+                inbox=inbox, head_rows=head, outbox=outbox
+            )
         send = self._scratch("send", rows, sum(sizes))
-        targets = [message[head:] for message in send.split(sizes)]
-        targets[rank] = inbox[base:]
-        pack_rows(targets, rows, index, counts, meta)
-        outbox = Outbox(
-            send.view(torch.uint8).view(-1),
-            [size * row_bytes for size in sizes],
-            inbox[:base].view(torch.uint8).view(-1),
-            stride * row_bytes,
-        )
-        return Load(inbox, regions, meta, head, outbox)
+        memories, starts = [send] * len(counts), [at + head for at in _starts_of(sizes)]
+        memories[rank], starts[rank] = inbox, base
+        pack_rows(memories, starts, rows, index, counts, meta)
+        message = self._memory["send"][: sum(sizes) * row_bytes]
+        outbox = Outbox(message, [size * row_bytes for size in sizes], posted, stride * row_bytes)
+        return Load(inbox.rows, regions, meta, inbox, head, outbox)
 
     def ship(self, load: Load, counts: list[int], answer: Answer | None, *, keep: bool = False) -> Received:
         """Take what came in envelopes, and swap what did not fit.
@@ -145,16 +146,17 @@ class Transport:
         enclosed = [False] * self.control.size if answer is None else answer.enclosed
         regions = region_rows(counts, load.meta_words, load.row_bytes)
         if all(enclosed):
-            return unpack_rows(load.rows, counts, self._starts(load), load.meta_words)
+            assert load.inbox is not None
+            return unpack_rows(load.inbox, counts, self._starts(load), load.meta_words)
         if any(enclosed):
             buffer = self._ship_mixed(load, regions, enclosed)
         else:
             like, total = load.rows, sum(regions)
-            buffer = like.new_empty(total, like.shape[1]) if keep else self._scratch("bulk", like, total)
+            buffer = like.new_empty(total, like.shape[1]) if keep else self._scratch("bulk", like, total).rows[:total]
             self._all_to_all(buffer, load.rows, regions, load.regions)
         if not load.meta_words:
             return Received(buffer, None, None)
-        return unpack_rows(buffer, counts, [sum(regions[:rank]) for rank in range(len(regions))], load.meta_words)
+        return unpack_rows(Memory.of(buffer), counts, _starts_of(regions), load.meta_words)
 
     def _starts(self, load: Load) -> list[int]:
         """Row of the inbox where each rank's region begins."""
@@ -166,31 +168,36 @@ class Transport:
 
     def _ship_mixed(self, load: Load, regions: list[int], enclosed: list[bool]) -> Tensor:
         """Some ranks' loads fit envelopes and others' did not: [sum of regions, W] in rank order."""
-        assert load.outbox is not None
+        assert load.inbox is not None
         rank, like = self.control.rank, load.rows
         late = [0 if inside else region for region, inside in zip(regions, enclosed, strict=True)]
         splits = [0] * len(regions) if enclosed[rank] else load.regions
         bulk = like.new_empty(sum(late), like.shape[1])
         self._all_to_all(bulk, like[: sum(splits)], late, splits)
-        inbox = load.outbox.inbox.view(like.dtype).view(-1, like.shape[1])
         starts = self._starts(load)
         pieces = list(bulk.split(late))
         for source, inside in enumerate(enclosed):
             if inside:
-                memory = like if source == rank else inbox
-                pieces[source] = memory[starts[source] : starts[source] + regions[source]]
+                pieces[source] = load.inbox.rows[starts[source] : starts[source] + regions[source]]
         return torch.cat(pieces)
 
-    def _scratch(self, name: str, like: Tensor, num_rows: int) -> Tensor:
-        """[num_rows, W] memory for one exchange at a time, kept between them: fresh pages cost more than the copy."""
+    def _scratch(self, name: str, like: Tensor, num_rows: int) -> Memory:
+        """At least [num_rows, W] for one exchange at a time, kept between them: fresh pages cost more than the copy."""
+        width, row_bytes = like.shape[1], like.shape[1] * like.itemsize
         if like.device.type != "cpu":
-            return like.new_empty(num_rows, like.shape[1])  # torch keeps freed GPU memory by itself
-        num_bytes = num_rows * like.shape[1] * like.itemsize
-        if name not in self._memory or self._memory[name].numel() < num_bytes:
+            return Memory.of(like.new_empty(num_rows, width))  # torch keeps freed GPU memory by itself
+        held = self._memory.get(name)
+        if held is None or held.numel() < num_rows * row_bytes:
+            self._views = {key: view for key, view in self._views.items() if key[0] != name}
             # Memory made in inference mode could not be written outside of it.
             with torch.inference_mode(False):
-                self._memory[name] = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
-        return self._memory[name][:num_bytes].view(like.dtype).view(num_rows, like.shape[1])
+                held = self._memory[name] = torch.empty(num_rows * row_bytes, dtype=torch.uint8, device="cpu")
+        key = (name, like.dtype, width)
+        if key not in self._views:
+            with torch.inference_mode(False):
+                whole = held[: held.numel() // row_bytes * row_bytes]
+                self._views[key] = Memory.of(whole.view(like.dtype).view(-1, width))
+        return self._views[key]
 
     def _all_to_all(self, out: Tensor, rows: Tensor, out_splits: list[int], splits: list[int]) -> None:
         # Bytes travel: not every torch.distributed backend knows every dtype.
@@ -206,6 +213,11 @@ class Transport:
             staged = torch.empty_like(out_bytes, device="cpu")
             self.control.swap(staged, row_bytes.cpu(), out_splits, splits)
             out_bytes.copy_(staged)
+
+
+def _starts_of(sizes: list[int]) -> list[int]:
+    """Where each part begins among parts that follow one another."""
+    return [0, *itertools.accumulate(sizes[:-1])]
 
 
 def _supports(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -35,8 +35,7 @@ class Counted(NamedTuple):
     @staticmethod
     def from_table(table: Tensor, spec: ExchangeSpec) -> Counted:
         """From the words that ranks exchange: tokens, choices per expert and, unless rows go per choice, per rank."""
-        choices = table[:, 1 : 1 + spec.num_experts].contiguous()
-        return Counted(table[:, 0], choices, table[:, 1 + spec.num_experts :].contiguous())
+        return Counted(table[:, 0], table[:, 1 : 1 + spec.num_experts], table[:, 1 + spec.num_experts :])
 
     @staticmethod
     def num_words(spec: ExchangeSpec) -> int:
@@ -96,7 +95,7 @@ class Dispatch:
         recv_src_idx: [N] int32 token index at the source (one row per token and rank only).
         tokens_per_expert: int32 [e].
         expert_ends: int32 [e].
-        overflow: bool 0-dim.
+        overflow: bool 0-dim; None without a capacity.
         plan: to replay.
         groups: sizes on the host.
     """
@@ -108,6 +107,6 @@ class Dispatch:
     recv_src_idx: Tensor | None
     tokens_per_expert: Tensor
     expert_ends: Tensor
-    overflow: Tensor
+    overflow: Tensor | None
     plan: Plan
     groups: Groups

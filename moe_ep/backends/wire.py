@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_ep.config import FP8_DTYPE, FP8_GROUP, ExchangeSpec
 from moe_ep.handle import SendPlan
-from moe_ep.plan import local_choices
+from moe_ep.plan import localize
 
 WORD_BYTES = 4
 
@@ -28,6 +28,22 @@ class Received:
     buffer: Tensor
     index: Tensor | None
     meta: Tensor | None
+
+
+class Memory(NamedTuple):
+    """Memory that rows are packed into or arrive in.
+
+    Attributes:
+        rows: [M, W], contiguous.
+        words: [M * W * itemsize / 4] int32, the same bytes.
+    """
+
+    rows: Tensor
+    words: Tensor
+
+    @staticmethod
+    def of(rows: Tensor) -> Memory:
+        return Memory(rows, rows.view(torch.int32).view(-1))
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +64,22 @@ def dequantize(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize` up to rounding; rows [N, H] e4m3, scales [N, H / 128] fp32."""
     groups = rows.to(torch.float32).view(rows.shape[0], rows.shape[1] // FP8_GROUP, FP8_GROUP)
     return (groups * scales.unsqueeze(2)).view(rows.shape).to(dtype)
+
+
+class Numbers(NamedTuple):
+    """What travels with rows, as it arrives; None where absent.
+
+    Attributes:
+        ids: [N, K] int64 local expert ids, -1 = another rank's.
+        weights: [N, K], or [N] where rows go per choice.
+        scales: [N, H / 128].
+        source: [N] int32 token indices at the source.
+    """
+
+    ids: Tensor | None
+    weights: Tensor | None
+    scales: Tensor | None
+    source: Tensor | None
 
 
 class Metadata(NamedTuple):
@@ -72,52 +104,58 @@ class Metadata(NamedTuple):
         return WORD_BYTES if self.weight_dtype is None else self.weight_dtype.itemsize
 
     def pack(
-        self,
-        topk_idx: Tensor,
-        topk_weights: Tensor | None,
-        scales: Tensor | None,
-        send: SendPlan,
-        spec: ExchangeSpec,
+        self, topk_idx: Tensor, topk_weights: Tensor | None, scales: Tensor | None, send: SendPlan
     ) -> Tensor | None:
         """[S, words] int32."""
-        parts = []
+        # What is the same in all of a token's rows, to be gathered at once.
+        table = []
         if self.per_choice:
-            if topk_weights is not None:
-                parts.append(as_words(_choices_in_wire_order(topk_weights, send).unsqueeze(1)))
+            if scales is not None:
+                table.append(as_words(scales))
         else:
-            ids = local_choices(topk_idx, send, spec.num_experts)
-            parts += [send.send_src.to(torch.int32).unsqueeze(1), ids.to(torch.int32)]
-            if topk_weights is not None:
-                parts.append(as_words(topk_weights.index_select(0, send.send_src).masked_fill_(ids < 0, 0)))
-        if scales is not None:
-            parts.append(as_words(scales.index_select(0, send.send_src)))
-        return torch.cat(parts, dim=1) if parts else None
+            tokens = torch.arange(topk_idx.shape[0], dtype=torch.int32, device=topk_idx.device)
+            table += [tokens.unsqueeze(1), topk_idx.to(torch.int32)]
+            table += [as_words(values) for values in (topk_weights, scales) if values is not None]
+        parts = []
+        if self.per_choice and topk_weights is not None:
+            parts.append(as_words(_choices_in_wire_order(topk_weights, send).unsqueeze(1)))
+        if table:
+            rows = torch.cat(table, dim=1) if len(table) > 1 else table[0]
+            parts.append(rows.index_select(0, send.send_src))
+        if len(parts) > 1:
+            return torch.cat(parts, dim=1)
+        return parts[0] if parts else None
 
-    def unpack(self, meta: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Local ids int64 [N, K], weights [N, K] or [N], scales, source tokens int32 [N]; None where absent."""
-        ids = weights = scales = source = None
+    def unpack(self, meta: Tensor | None, spec: ExchangeSpec, rank: int) -> Numbers:
+        """The inverse, at the rank whose experts were chosen."""
         if meta is None:
-            return ids, weights, scales, source
+            return Numbers(None, None, None, None)
+        ids = weights = scales = source = foreign = None
         at = 0
         if not self.per_choice:
             source = meta[:, 0].contiguous()
-            ids = meta[:, 1 : 1 + self.num_weights].to(torch.int64)
+            ids, foreign = localize(meta[:, 1 : 1 + self.num_weights].to(torch.int64), spec.num_local_experts, rank)
             at = 1 + self.num_weights
         if self.weight_dtype is not None:
             words = self.num_weights * self.weight_dtype.itemsize // WORD_BYTES
             weights = meta[:, at : at + words].contiguous().view(self.weight_dtype)
-            weights = weights.squeeze(1) if self.per_choice else weights
+            if foreign is None:
+                weights = weights.squeeze(1)
+            elif spec.layout == "compact":
+                # In the other layouts nobody reads them.
+                weights = weights.masked_fill(foreign, 0)
             at += words
         if self.scale_dtype is not None:
             scales = meta[:, at:].contiguous().view(self.scale_dtype)
-        return ids, weights, scales, source
+        return Numbers(ids, weights, scales, source)
 
 
 def _choices_in_wire_order(topk_weights: Tensor, send: SendPlan) -> Tensor:
-    values = topk_weights.new_empty(send.send_src.numel())
-    chosen = send.choice_pos >= 0
-    values[send.choice_pos[chosen]] = topk_weights.flatten()[chosen]
-    return values
+    num_rows, flat, pos = send.send_src.numel(), topk_weights.flatten(), send.choice_pos
+    if num_rows < pos.numel():
+        chosen = pos >= 0
+        flat, pos = flat[chosen], pos[chosen]
+    return flat.new_empty(num_rows).scatter_(0, pos, flat)
 
 
 def as_words(values: Tensor) -> Tensor:
@@ -130,45 +168,59 @@ def region_rows(counts: list[int], meta_words: int, row_bytes: int) -> list[int]
 
 
 def pack_rows(
-    targets: list[Tensor], rows: Tensor, index: Tensor | None, counts: list[int], meta: Tensor | None
+    memories: list[Memory],
+    starts: list[int],
+    rows: Tensor,
+    index: Tensor | None,
+    counts: list[int],
+    meta: Tensor | None,
 ) -> None:
     """Copy each rank's rows, and their metadata behind them, to its region.
 
     Args:
-        targets: region of each rank, [rows of ``region_rows``, W], contiguous.
+        memories: where the region of each rank lies.
+        starts: row where each rank's region begins there.
         rows: [M, W].
         index: [S] rows to copy, by rank; None takes them in order.
         counts: wire rows of each rank.
         meta: [S, words] int32, or None.
     """
+    width = rows.shape[1] * rows.itemsize // WORD_BYTES
+    words_per_row = 0 if meta is None else meta.shape[1]
+    flat = None if meta is None else meta.view(-1)
     first = 0
-    for target, count in zip(targets, counts, strict=True):
+    for memory, start, count in zip(memories, starts, counts, strict=True):
+        if not count:
+            continue
+        target = memory.rows[start : start + count]
         if index is None:
-            target[:count] = rows[first : first + count]
+            target.copy_(rows[first : first + count])
         else:
-            torch.index_select(rows, 0, index[first : first + count], out=target[:count])
-        if meta is not None:
-            words = target[count:].view(torch.int32).view(-1)
-            words[: count * meta.shape[1]] = meta[first : first + count].view(-1)
+            torch.index_select(rows, 0, index[first : first + count], out=target)
+        if flat is not None:
+            begin, size = (start + count) * width, count * words_per_row
+            at = first * words_per_row
+            memory.words[begin : begin + size].copy_(flat[at : at + size])
         first += count
 
 
-def unpack_rows(buffer: Tensor, counts: list[int], starts: list[int], meta_words: int) -> Received:
+def unpack_rows(memory: Memory, counts: list[int], starts: list[int], meta_words: int) -> Received:
     """Find rows and metadata of each source in what arrived.
 
     Args:
-        buffer: [M, W].
+        memory: of what arrived.
         counts: wire rows of each source.
         starts: row where each source's region begins.
         meta_words: int32 words of metadata per row, 0 for none.
     """
-    width = buffer.shape[1] * buffer.itemsize // WORD_BYTES
-    index = torch.cat([torch.arange(at, at + n, device=buffer.device) for n, at in zip(counts, starts, strict=True)])
+    rows = memory.rows
+    places = list(zip(counts, starts, strict=True))
+    index = torch.cat([torch.arange(start, start + count, device=rows.device) for count, start in places])
     if not meta_words:
-        return Received(buffer, index, None)
-    words = buffer.view(torch.int32).view(-1)
+        return Received(rows, index, None)
+    width = rows.shape[1] * rows.itemsize // WORD_BYTES
     metas = []
-    for count, start in zip(counts, starts, strict=True):
+    for count, start in places:
         begin = (start + count) * width
-        metas.append(words[begin : begin + count * meta_words].view(count, meta_words))
-    return Received(buffer, index, torch.cat(metas))
+        metas.append(memory.words[begin : begin + count * meta_words])
+    return Received(rows, index, torch.cat(metas).view(-1, meta_words))
