@@ -14,10 +14,20 @@ from torch.autograd.function import FunctionCtx
 
 from moe_ep.backends.types import Counted, Dispatch
 from moe_ep.config import FP8_DTYPE
+from moe_ep.errors import MoeEpError
 from moe_ep.events import Job
 from moe_ep.exchange import Exchanger
-from moe_ep.ops import filled, once, weighted_grads
 from moe_ep.handle import DispatchHandle, Plan
+from moe_ep.ops import filled, once, weighted_grads
+
+
+def take(exchange: DispatchExchange | CombineExchange, name: str) -> Job[Any]:
+    """A job, which its exchange lets go before waiting: the traceback of its error would keep the exchange alive."""
+    job = getattr(exchange, name)
+    setattr(exchange, name, None)
+    if job is None:
+        raise MoeEpError("this exchange is over: an earlier wait() raised what it met")
+    return job
 
 
 class DispatchExchange:
@@ -43,8 +53,8 @@ class DispatchExchange:
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Rows and weights."""
-        assert self.job is not None
-        self.result = self.job.result()
+        self.result = take(self, "job").result()
+        assert self.result is not None
         self.plan_tensors = self.result.plan.to_tensors()
         self.exchanger.fire("dispatch_ready", self.seq)
         return self.exchanger.layout_rows(self.result)
@@ -64,9 +74,7 @@ class DispatchExchange:
 
     def wait_backward(self) -> tuple[Tensor, Tensor]:
         """Gradients of x and topk_weights."""
-        assert self.backward_job is not None
-        grads = self.backward_job.result()
-        self.backward_job = None
+        grads = take(self, "backward_job").result()
         self.exchanger.fire("backward_dispatch_ready", self.backward_seq)
         return grads
 
@@ -91,8 +99,7 @@ class CombineExchange:
 
     def wait(self) -> Tensor:
         """[T, H]."""
-        assert self.job is not None
-        out = self.job.result()
+        out = take(self, "job").result()
         self.exchanger.fire("combine_ready", self.seq)
         return out
 
@@ -105,9 +112,7 @@ class CombineExchange:
 
     def wait_backward(self) -> Tensor:
         """Gradients of the layout rows."""
-        assert self.backward_job is not None
-        rows = self.backward_job.result()
-        self.backward_job = None
+        rows = take(self, "backward_job").result()
         self.exchanger.fire("backward_combine_ready", self.backward_seq)
         return rows
 

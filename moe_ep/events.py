@@ -58,7 +58,11 @@ class Job(Generic[Result]):
 
     def result(self) -> Result:
         """Wait for the exchange; raises what it raised."""
-        return self._future.result()
+        try:
+            return self._future.result()
+        finally:
+            # As in Future.result: the traceback of an error would lead back to the error.
+            del self
 
     def done(self) -> bool:
         """Whether it is complete."""
@@ -69,10 +73,6 @@ class Job(Generic[Result]):
         return WorkEvent(self._future)
 
 
-class EventOverlap:
-    """An event together with the tensors that must outlive it.
-
-    As a context manager it waits on exit, so that the block runs beside the exchange. Without an event both are no-ops.
 class Done(Job[Result]):
     """An exchange that ran where it was issued."""
 
@@ -92,6 +92,10 @@ class Done(Job[Result]):
         return EventHandle()
 
 
+class EventOverlap:
+    """An event together with the tensors that must outlive it.
+
+    As a context manager it waits on exit, so that the block runs beside the exchange. Without an event both are no-ops.
 
     Args:
         event: what to wait for, or None.

@@ -69,7 +69,6 @@ class PendingDispatch:
             )
             # The payload now belongs to the caller alone.
             self._exchange.result = None
-            self._exchange.job = None
         return self._result
 
 
@@ -85,9 +84,10 @@ class PendingCombine:
         """Wait for the sums [T, H]; a second call returns the same tensor."""
         if self._result is None:
             self._result = CombineWait.apply(self._exchange, self._token)
-            self._exchange.job = None
         assert self._result is not None
         return self._result
+
+
 def dispatched_plainly(exchanger: Exchanger, result: Dispatch) -> Dispatched:
     """What a dispatch returns to its caller where no operator stands in between."""
     spec = exchanger.spec
@@ -105,8 +105,6 @@ def dispatched_plainly(exchanger: Exchanger, result: Dispatch) -> Dispatched:
         overflow=result.overflow,
         handle=DispatchHandle(result.plan),
     )
-
-
 
 
 def dispatched(

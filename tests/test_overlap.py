@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import moe_ep
+from moe_ep.errors import MoeEpError, PeerAbortedError
 from moe_ep.hooks import PHASES
 from moe_ep.testing import RankContext
 from tests.checks import Case
@@ -332,3 +333,40 @@ def remove_inside(ctx: RankContext) -> list[str]:
 def test_a_hook_may_remove_itself(ranks: Ranks) -> None:
     order = [*PHASES[:4], *PHASES[6:], *PHASES[4:6]]
     assert ranks(2, remove_inside) == [order] * 2
+
+
+def fail_to_wait(ctx: RankContext, kind: str) -> str:
+    """A dispatcher whose exchange failed goes with its last reference, without the garbage collector."""
+    case = make_case(ctx.world_size)
+    dispatcher = case.dispatcher(ctx.new_group(), timeout_s=5)
+    x, (topk_idx, weights) = case.x(ctx.rank), case.routing(ctx.rank)
+    routed = dispatcher.dispatch(x, topk_idx, weights)
+    gone, text = weakref.ref(dispatcher._exchanger), ""
+    gc.disable()
+    try:
+        # Rank 0 raises at once, the other learns of it where it waits.
+        if kind == "dispatch":
+            pending = dispatcher.dispatch_async(x[:, :1] if ctx.rank == 0 else x, topk_idx, weights)
+        else:
+            given = None if ctx.rank == 0 else routed.weights
+            pending = dispatcher.combine_async(routed.x, routed.handle, given)
+        with pytest.raises(PeerAbortedError) as caught:
+            pending.wait()
+        text = str(caught.value)
+        del caught
+        with pytest.raises(MoeEpError, match="earlier wait"):
+            pending.wait()
+        del routed, pending, dispatcher
+        assert gone() is None
+    except ValueError:
+        text = "refused"
+    finally:
+        gc.enable()
+    return text
+
+
+@pytest.mark.parametrize("kind", ["dispatch", "combine"])
+def test_an_error_does_not_keep_its_dispatcher(ranks: Ranks, kind: str) -> None:
+    mine, theirs = ranks(2, fail_to_wait, kind)
+    assert mine == "refused"
+    assert "rank 0" in theirs
