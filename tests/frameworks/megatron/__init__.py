@@ -1,0 +1,1 @@
+"""Megatron-Core itself, on the CPU."""
