@@ -1,0 +1,5 @@
+"""``deep_ep.utils``: events."""
+
+from moe_ep.events import EventHandle, EventOverlap
+
+__all__ = ["EventHandle", "EventOverlap"]

@@ -1,0 +1,132 @@
+"""The module that stands in for deep_ep, as a program that knows only that name uses it."""
+
+import importlib
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_ep
+from moe_ep.integrations import deep_ep as ours
+from moe_ep.testing import RankContext, make_routing
+
+Ranks = Callable[..., list]
+
+
+@pytest.fixture
+def installed() -> Iterator[types.ModuleType]:
+    yield ours.install()
+    ours.uninstall()
+
+
+def test_names(installed: types.ModuleType) -> None:
+    import deep_ep
+    import deep_ep.utils
+    from deep_ep import Buffer, Config
+    from deep_ep.utils import EventHandle, EventOverlap
+
+    assert deep_ep is installed is ours
+    assert (Buffer, Config) == (moe_ep.Buffer, moe_ep.Config)
+    assert (EventHandle, EventOverlap) == (moe_ep.EventHandle, moe_ep.EventOverlap)
+    assert (deep_ep.EventHandle, deep_ep.EventOverlap) == (EventHandle, EventOverlap)
+    assert deep_ep.utils is ours.utils
+    assert deep_ep.topk_idx_t is torch.int64
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("deep_ep.buffer")
+
+
+def test_installing_twice_and_taking_it_back() -> None:
+    assert ours.install() is ours.install()
+    ours.uninstall()
+    ours.uninstall()
+    assert not [name for name in sys.modules if name.startswith("deep_ep")]
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("deep_ep")
+
+
+def test_an_installed_one_is_not_shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep_ep").mkdir()
+    (tmp_path / "deep_ep" / "__init__.py").write_text("Buffer = None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    refused = pytest.raises(ImportError, match=r"deep_ep is already here .*replace=True")
+    with refused:
+        ours.install()
+    other = importlib.import_module("deep_ep")
+    with refused:
+        ours.install()
+    assert sys.modules["deep_ep"] is other
+    assert ours.install(replace=True) is sys.modules["deep_ep"] is ours
+    ours.uninstall()
+
+
+def test_a_framework_that_has_looked_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "megatron.core.transformer.moe.fused_a2a"
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    with pytest.raises(ImportError, match=r"fused_a2a has been imported already .*call install\(\) before"):
+        ours.install()
+    assert "deep_ep" not in sys.modules
+
+
+def test_importing_it_installs_nothing() -> None:
+    script = "import sys; from moe_ep.integrations import deep_ep; print('deep_ep' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def exchange_by_name(ctx: RankContext) -> None:
+    """Dispatch and combine as callers of that interface write them, forward and replayed."""
+    ours.install()
+    try:
+        from deep_ep import Buffer
+        from deep_ep.utils import EventHandle, EventOverlap
+
+        hidden, experts, tokens = 64, 2 * ctx.world_size, 5 + ctx.rank
+        Buffer.set_num_sms(24)
+        sizes = [Buffer.get_dispatch_config(ctx.world_size), Buffer.get_combine_config(ctx.world_size)]
+        nvl, rdma = (
+            max(getattr(config, f"get_{kind}_buffer_size_hint")(hidden * 4, ctx.world_size) for config in sizes)
+            for kind in ("nvl", "rdma")
+        )
+        buffer = Buffer(ctx.group, nvl, rdma)
+        assert (buffer.group, buffer.num_nvl_bytes, buffer.num_rdma_bytes) == (ctx.group, nvl, rdma)
+        x = torch.arange(tokens * hidden, dtype=torch.float32).view(tokens, hidden) + 1000 * ctx.rank
+        topk_idx, topk_weights = make_routing(tokens, 2, experts, kind="holes", seed=ctx.rank)
+
+        captured = EventOverlap(EventHandle())
+        per_rank, per_node, per_expert, in_rank, event = buffer.get_dispatch_layout(
+            topk_idx, experts, previous_event=captured, async_finish=True, allocate_on_comm_stream=True
+        )
+        rows, ids, weights, counts, handle, event = buffer.dispatch(
+            x,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            previous_event=event,
+            async_finish=True,
+            allocate_on_comm_stream=True,
+        )
+        event.current_stream_wait()
+        assert counts == [int((ids == expert).sum()) for expert in range(experts // ctx.world_size)]
+        home, home_weights, event = buffer.combine(
+            rows, handle, topk_weights=weights, previous_event=Buffer.capture(), async_finish=True
+        )
+        with event:
+            again = buffer.dispatch(x, handle=handle)[0]
+        assert torch.equal(home, x * in_rank.sum(1, keepdim=True))
+        assert torch.equal(home_weights, topk_weights)
+        assert torch.equal(again, rows)
+    finally:
+        ours.uninstall()
+        Buffer.num_sms = None
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_exchanges_under_that_name(ranks: Ranks, num_ranks: int) -> None:
+    ranks(num_ranks, exchange_by_name)
