@@ -116,3 +116,24 @@ def test_counts_that_no_envelope_holds_are_refused_on_all_ranks(
     for text, kind in zip(ranks(3, plan_much, chunks), kinds, strict=True):
         assert text.startswith(kind), text
         assert text == "accepted" or "plan fewer chunks" in text
+
+
+def send_one_row(ctx: RankContext, layout: str) -> None:
+    dispatcher = TokenDispatcher(
+        ctx.group, num_experts=6, hidden_size=8, top_k=1, dtype=torch.float64, layout=layout, weights="experts"
+    )
+    x = torch.full((1, 8), 2.0, dtype=torch.float64, requires_grad=True)
+    weights = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    routed = dispatcher.dispatch(x, torch.full((1, 1), 2 * ctx.rank), weights)
+    out = dispatcher.combine(routed.x * routed.weights.reshape(-1, 1), routed.handle)
+    # The gradient of a sum has stride 0.
+    out.sum().backward()
+    assert torch.equal(out, x)
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert weights.grad.item() == 16.0
+
+
+@pytest.mark.parametrize("layout", ["expanded", "compact"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_single_rows_of_64_bits_arrive(ranks: Ranks, num_ranks: int, layout: str) -> None:
+    ranks(num_ranks, send_one_row, layout)

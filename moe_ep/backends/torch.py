@@ -25,7 +25,7 @@ from moe_ep.backends.place import (
 )
 from moe_ep.backends.transport import Transport
 from moe_ep.backends.types import Announce, Counted, Dispatch, Packed, Prepared
-from moe_ep.backends.wire import WORD_BYTES, Metadata, Received, as_words, dequantize, quantize
+from moe_ep.backends.wire import WORD_BYTES, Metadata, Received, as_words, dequantize, from_words, quantize
 from moe_ep.config import ExchangeSpec
 from moe_ep.handle import PlacePlan, Plan, SendPlan
 from moe_ep.plan import (
@@ -287,7 +287,7 @@ class TorchBackend:
         load = self.transport.load(x, send.send_src, send.send_counts, torch.cat(parts, dim=1))
         received = self.transport.ship(load, plan.recv_counts, None)
         assert received.meta is not None
-        scales = None if scales is None else received.meta[:, 1:].contiguous().view(scales.dtype)
+        scales = None if scales is None else from_words(received.meta[:, 1:], scales.dtype)
         return self._place(received.buffer, received.index, plan), scales, received.meta[:, 0].contiguous()
 
     def replay(
@@ -303,7 +303,7 @@ class TorchBackend:
             poison(rows)
         if scales is not None:
             assert received.meta is not None
-            scales = place_values(received.meta.view(scales.dtype), plan)
+            scales = place_values(from_words(received.meta, scales.dtype), plan)
         return rows, scales
 
     def _place(self, buffer: Tensor, index: Tensor | None, plan: Plan) -> Tensor:
@@ -349,7 +349,7 @@ class TorchBackend:
             received = self._swap(rows, index, plan.recv_counts, send.send_counts, meta, announce)
             order = send.token_rows if received.index is None else received.index.index_select(0, send.token_rows)
             if row_weights is not None and received.meta is not None:
-                weights = received.meta.view(row_weights.dtype).squeeze(1).index_select(0, send.token_rows)
+                weights = from_words(received.meta, row_weights.dtype).squeeze(1).index_select(0, send.token_rows)
             out = reduce_rows(received.buffer, order, send.token_offsets, weights, bias)
         return poison(out) if plan.overflowed else out
 
@@ -374,7 +374,7 @@ class TorchBackend:
         index = send.token_rows if received.index is None else received.index.index_select(0, send.token_rows)
         dx = reduce_rows(received.buffer, index, send.token_offsets)
         assert received.meta is not None
-        values = received.meta.view(weight_grads.dtype).flatten()
+        values = from_words(received.meta, weight_grads.dtype).flatten()
         if values.numel():
             taken = values[send.choice_pos.clamp(min=0)]
             dweights = torch.where(send.choice_pos >= 0, taken, 0.0)

@@ -138,7 +138,7 @@ class Metadata(NamedTuple):
             at = 1 + self.num_weights
         if self.weight_dtype is not None:
             words = self.num_weights * self.weight_dtype.itemsize // WORD_BYTES
-            weights = meta[:, at : at + words].contiguous().view(self.weight_dtype)
+            weights = from_words(meta[:, at : at + words], self.weight_dtype)
             if foreign is None:
                 weights = weights.squeeze(1)
             elif spec.layout == "compact":
@@ -146,7 +146,7 @@ class Metadata(NamedTuple):
                 weights = weights.masked_fill(foreign, 0)
             at += words
         if self.scale_dtype is not None:
-            scales = meta[:, at:].contiguous().view(self.scale_dtype)
+            scales = from_words(meta[:, at:], self.scale_dtype)
         return Numbers(ids, weights, scales, source)
 
 
@@ -159,7 +159,19 @@ def _choices_in_wire_order(topk_weights: Tensor, send: SendPlan) -> Tensor:
 
 
 def as_words(values: Tensor) -> Tensor:
-    return values.contiguous().view(torch.int32)
+    """Values [N, n] as int32 words [N, n * itemsize / 4]."""
+    # NOTE: a single value counts as contiguous whatever its stride, but a view of another width asks for stride 1.
+    values = values.contiguous() if values.stride(-1) == 1 else values.clone(memory_format=torch.contiguous_format)
+    return values.view(torch.int32)
+
+
+def from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`as_words`."""
+    words = words.contiguous()
+    # NOTE: a single row counts as contiguous wherever it begins, but a view of 8 bytes asks for an even word.
+    if words.storage_offset() % (dtype.itemsize // WORD_BYTES):
+        words = words.clone()
+    return words.view(dtype)
 
 
 def region_rows(counts: list[int], meta_words: int, row_bytes: int) -> list[int]:
