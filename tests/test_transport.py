@@ -120,17 +120,18 @@ def test_counts_that_no_envelope_holds_are_refused_on_all_ranks(
 
 def send_one_row(ctx: RankContext, layout: str) -> None:
     dispatcher = TokenDispatcher(
-        ctx.group, num_experts=6, hidden_size=8, top_k=1, dtype=torch.float64, layout=layout, weights="experts"
+        ctx.group, num_experts=6, hidden_size=8, top_k=2, dtype=torch.float64, layout=layout, weights="experts"
     )
     x = torch.full((1, 8), 2.0, dtype=torch.float64, requires_grad=True)
-    weights = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
-    routed = dispatcher.dispatch(x, torch.full((1, 1), 2 * ctx.rank), weights)
-    out = dispatcher.combine(routed.x * routed.weights.reshape(-1, 1), routed.handle)
+    weights = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    routed = dispatcher.dispatch(x, torch.tensor([[2 * ctx.rank, -1]]), weights)
+    factors = routed.weights.sum(1) if layout == "compact" else routed.weights
+    out = dispatcher.combine(routed.x * factors.unsqueeze(1), routed.handle)
     # The gradient of a sum has stride 0.
     out.sum().backward()
     assert torch.equal(out, x)
     assert torch.equal(x.grad, torch.ones_like(x))
-    assert weights.grad.item() == 16.0
+    assert weights.grad.tolist() == [[16.0, 0.0]]
 
 
 @pytest.mark.parametrize("layout", ["expanded", "compact"])
