@@ -167,10 +167,8 @@ def as_words(values: Tensor) -> Tensor:
 
 def from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`as_words`."""
-    words = words.contiguous()
-    # NOTE: a single row counts as contiguous wherever it begins, but a view of 8 bytes asks for an even word.
-    if words.storage_offset() % (dtype.itemsize // WORD_BYTES):
-        words = words.clone()
+    # NOTE: a single row counts as contiguous wherever it begins, but a view of 8 bytes asks for even places.
+    words = words.contiguous() if dtype.itemsize == WORD_BYTES else words.clone(memory_format=torch.contiguous_format)
     return words.view(dtype)
 
 
