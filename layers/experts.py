@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from moe_ep.layers.functions import (
     ExpandRows,
@@ -15,6 +16,7 @@ from moe_ep.layers.functions import (
     GradientSlot,
     LateGradient,
     ReduceRows,
+    ScaleGradient,
     undefined_rows,
 )
 from moe_ep.layers.seeding import assign, seeded_uniform
@@ -75,6 +77,11 @@ class GroupedExperts(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
 
+    Attributes:
+        ep_dim: dimension of the parameters' mesh over which experts are spread, where parameters are DTensors of all E
+            experts; None where they are tensors of the local ones.
+        gradient_scale: multiplies the parameters' gradients, 1.0 at first.
+
     Example:
         >>> experts = GroupedExperts(2, hidden_size=16, intermediate_size=32)
         >>> rows, ends = torch.randn(5, 16), torch.tensor([3, 5], dtype=torch.int32)
@@ -106,6 +113,8 @@ class GroupedExperts(nn.Module):
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation, self.late_wgrad = activation, late_wgrad
         self.seed, self.layer_idx = seed, layer_idx
+        self.ep_dim: str | None = None
+        self.gradient_scale = 1.0
         e, width = num_local_experts, 2 * intermediate_size
         self.w_gate_up = nn.Parameter(torch.empty(e, width, hidden_size, device=device, dtype=dtype))
         self.w_down = nn.Parameter(torch.empty(e, hidden_size, intermediate_size, device=device, dtype=dtype))
@@ -119,11 +128,12 @@ class GroupedExperts(nn.Module):
                 continue
             shape, key = tuple(parameter.shape[1:]), (self.seed, self.layer_idx)
             experts = range(self.first_expert, self.first_expert + self.num_local_experts)
-            assign(parameter, torch.stack([seeded_uniform(shape, shape[1], *key, i, name) for i in experts]))
+            value = torch.stack([seeded_uniform(shape, shape[1], *key, i, name) for i in experts])
+            assign(parameter, value, self.ep_dim)
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """The weights cast to ``dtype``, to be used by one or several forwards under the same autocast."""
-        return ExpertWeights(self.w_gate_up.to(dtype), self.w_down.to(dtype))
+        """The local weights cast to ``dtype``, to be used by one or several forwards under the same autocast."""
+        return ExpertWeights(self._local(self.w_gate_up).to(dtype), self._local(self.w_down).to(dtype))
 
     def forward(
         self,
@@ -184,6 +194,10 @@ class GroupedExperts(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mark_parameters()
+
+    def _local(self, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.to_local() if isinstance(weight, DTensor) else weight
+        return weight if self.gradient_scale == 1.0 else ScaleGradient.apply(weight, self.gradient_scale)
 
     def _run(
         self, rows: torch.Tensor, row_weights: torch.Tensor | None, bounds: torch.Tensor | None, weights: ExpertWeights

@@ -30,6 +30,21 @@ class AttachLoss(torch.autograd.Function):
         return grad, grad.new_ones(())
 
 
+class ScaleGradient(torch.autograd.Function):
+    """Passes a tensor through and multiplies its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, scale: float) -> torch.Tensor:
+        """``weight`` of any shape; returns it unchanged."""
+        ctx.scale = scale
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad * ctx.scale, None
+
+
 class GatedActivation(torch.autograd.Function):
     """``act(gate) * up * weights`` of rows that hold gate and up side by side.
 

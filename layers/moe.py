@@ -181,7 +181,9 @@ class MoELayer(nn.Module):
         tokens = x.reshape(-1, self.hidden_size).contiguous()
         in_one = self.num_chunks == 1 and (torch.compiler.is_compiling() or self.dispatcher.group_size == 1)
         out = (self._synchronous if in_one else self._pipelined)(tokens, routing, self.experts.weights(dtype), dtype)
-        out = out.view(x.shape)
+        if out.shape != x.shape:
+            # Not a view to autograd: FSDP2 loses its backward hook when a view that a module returned changes in place.
+            out = torch.ops.aten._unsafe_view(out, x.shape)
         return (out, routing.losses) if return_losses else out
 
     def reset_parameters(self) -> None:

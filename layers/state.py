@@ -62,7 +62,9 @@ def gather_full_state_dict(module: nn.Module, group: dist.ProcessGroup | None) -
     Returns:
         Names and detached tensors.
     """
-    return {name: _gathered(name, value, group) for name, value in module.state_dict().items()}
+    spread_out = _mesh_dimensions(module)
+    # DTensors of all experts need no group to be made whole.
+    return {n: _gathered(n, v, None if n in spread_out else group) for n, v in module.state_dict().items()}
 
 
 def load_full_state_dict(module: nn.Module, full: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
@@ -79,10 +81,12 @@ def load_full_state_dict(module: nn.Module, full: Mapping[str, torch.Tensor], gr
     """
     rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     sliced = {name: _slice(name, value, rank, num_ranks) for name, value in full.items()}
-    own = module.state_dict()
+    own, ep_dims = module.state_dict(), _mesh_dimensions(module)
+    # DTensors of experts have the shape of all of them.
+    shapes = {name: (full if name in ep_dims else sliced)[name].shape for name in sliced}
     # Names or shapes that do not match are left as they are for load_state_dict to name.
-    fitting = {name: value for name, value in sliced.items() if name in own and own[name].shape == value.shape}
-    module.load_state_dict(sliced | {name: spread(value, own[name]) for name, value in fitting.items()})
+    fitting = [name for name in sliced if name in own and own[name].shape == shapes[name]]
+    module.load_state_dict(sliced | {name: spread(sliced[name], own[name], ep_dims.get(name)) for name in fitting})
 
 
 def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -103,7 +107,12 @@ def scale_expert_gradients(module: nn.Module, divisor: float) -> None:
     Args:
         module: any module with MoE layers.
         divisor: W.
+
+    Raises:
+        ValueError: the experts were spread by ``moe_ep.integrations.fsdp``, which scales their gradients itself.
     """
+    if _mesh_dimensions(module):
+        raise ValueError("module was spread by moe_ep.integrations.fsdp, which scales gradients: leave this call out")
     gradients = [parameter.grad for _, parameter in expert_parameters(module) if parameter.grad is not None]
     if gradients:
         torch._foreach_div_(gradients, divisor)
@@ -119,6 +128,16 @@ def ignore_experts_in_ddp(module: nn.Module) -> list[str]:
     names += [name for name, _ in module.named_buffers() if name.split(".")[-1] in _RANK_BUFFERS]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     return names
+
+
+def _mesh_dimensions(module: nn.Module) -> dict[str, str]:
+    """Names of parameters that are DTensors of all experts, with the mesh dimension that these are spread over."""
+    return {
+        f"{prefix}.{name}" if prefix else name: experts.ep_dim
+        for prefix, experts in module.named_modules()
+        if isinstance(experts, GroupedExperts) and experts.ep_dim is not None
+        for name, _ in experts.named_parameters(recurse=False)
+    }
 
 
 def _joined(name: str, views: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
