@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, module) {
     moe_ep::register_errors();
     moe_ep::register_arena(module);
     moe_ep::register_build_info(module);
+    moe_ep::register_channel(module);
     moe_ep::register_layouts(module);
     moe_ep::register_plan(module);
 }

@@ -19,7 +19,8 @@ namespace {
 
 PlanParams make_params(uintptr_t topk_idx, int index_bytes, int64_t num_tokens, int top_k, int num_experts,
                        int num_ranks, uintptr_t choices_per_expert, uintptr_t tokens_per_rank,
-                       uintptr_t is_token_in_rank, uintptr_t idx_in_expert, uintptr_t idx_in_rank) {
+                       uintptr_t is_token_in_rank, uintptr_t idx_in_expert, uintptr_t idx_in_rank,
+                       uintptr_t token_ranks) {
     PlanParams params{.index_bytes = index_bytes,
                       .num_tokens = num_tokens,
                       .top_k = top_k,
@@ -34,6 +35,9 @@ PlanParams make_params(uintptr_t topk_idx, int index_bytes, int64_t num_tokens, 
     params.is_token_in_rank = checked_pointer<uint8_t>("is_token_in_rank", is_token_in_rank, num_pairs);
     params.idx_in_expert = checked_pointer<int32_t>("idx_in_expert", idx_in_expert, num_choices);
     params.idx_in_rank = checked_pointer<int32_t>("idx_in_rank", idx_in_rank, num_pairs);
+    check_argument(token_ranks == 0 || num_ranks <= 32, "num_ranks=", num_ranks,
+                   ": must be at most 32 with token_ranks");
+    if (token_ranks != 0) params.token_ranks = checked_pointer<uint32_t>("token_ranks", token_ranks, num_tokens);
     return params;
 }
 
@@ -65,12 +69,14 @@ Args:
     is_token_in_rank: bool [T, R].
     idx_in_expert: int32 [T, K], position among the choices of that expert in (token, k) order, -1 for no choice.
     idx_in_rank: int32 [T, R], position among the tokens of that rank in token order, -1 when the token does not go there.
+    token_ranks: int32 [T], bit r says whether the token goes to rank r; 0 where not wanted.
 
 Raises:
     ValueError: for a size outside the limits, or an address that is null or not aligned.)")
         .def(py::init(&make_params), py::kw_only(), py::arg("topk_idx"), py::arg("index_bytes"), py::arg("num_tokens"),
              py::arg("top_k"), py::arg("num_experts"), py::arg("num_ranks"), py::arg("choices_per_expert"),
-             py::arg("tokens_per_rank"), py::arg("is_token_in_rank"), py::arg("idx_in_expert"), py::arg("idx_in_rank"))
+             py::arg("tokens_per_rank"), py::arg("is_token_in_rank"), py::arg("idx_in_expert"), py::arg("idx_in_rank"),
+             py::arg("token_ranks") = 0)
         .def_property_readonly(
             "workspace_bytes", [](const PlanParams& params) { return PlanWorkspace(nullptr, params).num_bytes; },
             "Bytes of device memory that plan_cuda needs beside the outputs.");

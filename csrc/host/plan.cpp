@@ -39,6 +39,11 @@ void plan_tokens(const PlanParams& params) {
             params.idx_in_expert[choice] = chosen ? params.choices_per_expert[expert]++ : -1;
             if (chosen) in_rank[expert / experts_per_rank] = 1;
         }
+        if (params.token_ranks != nullptr) {
+            uint32_t ranks = 0;
+            for (int64_t rank = 0; rank < num_ranks; ++rank) ranks |= static_cast<uint32_t>(in_rank[rank]) << rank;
+            params.token_ranks[token] = ranks;
+        }
         for (int64_t rank = 0; rank < num_ranks; ++rank) {
             params.idx_in_rank[token * num_ranks + rank] = in_rank[rank] ? params.tokens_per_rank[rank]++ : -1;
         }

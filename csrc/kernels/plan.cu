@@ -174,6 +174,9 @@ __global__ void __launch_bounds__(kWarpSize) place_chunk(const __grid_constant__
             place_choices(params, shared, choice, expert, in_range);
         });
         transpose_ranks(params, shared);
+        if (params.token_ranks != nullptr && group.begin + threadIdx.x < group.end) {
+            params.token_ranks[group.begin + threadIdx.x] = static_cast<uint32_t>(shared.token_ranks[threadIdx.x]);
+        }
         place_tokens(params, shared, group);
         advance_rank_counts(params, shared);
     }

@@ -29,6 +29,7 @@ struct PlanParams {
         nullptr;  // [T, K] position among the choices of that expert in (token, k) order, -1 = no choice
     int32_t* idx_in_rank =
         nullptr;  // [T, R] position among the tokens of that rank in token order, -1 = not one of them
+    uint32_t* token_ranks = nullptr;  // [T] bit r: the token goes to rank r; null where not wanted, R <= 32 otherwise
 
     void* workspace = nullptr;  // PlanWorkspace of the kernels; the twin needs none
 };

@@ -1,0 +1,100 @@
+#pragma once
+
+#include <cstdint>
+
+#include "device/link.cuh"
+
+// Groups of rows: which tokens of a chunk go where, and the places of their rows.
+namespace moe_ep::device {
+
+inline constexpr uint32_t kChunkMask = (1u << kChunkTokens) - 1;
+
+// A role's warp among all warps of that role.
+struct Worker {
+    int64_t first, stride;
+};
+
+// What a chunk of this rank's tokens sends to one rank: bit i for its token i, and the first row's place there.
+struct ChunkPart {
+    uint32_t mask;
+    int32_t first;
+};
+
+// Lane r returns what the chunk sends to rank r. Called by a whole warp.
+__device__ inline ChunkPart read_chunk(const RowParams& rows, int num_ranks, int64_t chunk) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int64_t token = chunk * kChunkTokens + lane;
+    const bool in_range = lane < kChunkTokens && token < rows.num_tokens;
+    ChunkPart part{0, 0};
+    for (int rank = 0; rank < num_ranks; ++rank) {
+        const int32_t place = in_range ? rows.idx_in_rank[token * num_ranks + rank] : -1;
+        const uint32_t mask = __ballot_sync(kAllLanes, place >= 0);
+        const int32_t first = __shfl_sync(kAllLanes, place, mask == 0 ? 0 : __ffs(mask) - 1);
+        if (lane == rank) part = {mask, mask == 0 ? 0 : first};
+    }
+    return part;
+}
+
+// The group that `source` sends to `owner` for one chunk, in the owner's arena.
+__device__ inline GroupLayout group_at(const Link& link, const RecordDims& dims, int owner, int source, int64_t slot) {
+    std::byte* ring = link.arena(owner).payload.from(source).ptr;
+    return GroupLayout(ring + slot * GroupLayout(nullptr, dims).num_bytes, dims);
+}
+
+__device__ __forceinline__ uint64_t* arrived_flag(const Link& link, int owner, int source, int64_t slot) {
+    return link.arena(owner).arrived.from(source).ptr + slot;
+}
+
+// The flag in `source`'s arena by which `owner` says that it has read a group.
+__device__ __forceinline__ uint64_t* consumed_flag(const Link& link, int owner, int source, int64_t slot) {
+    return link.arena(source).consumed.from(owner).ptr + slot;
+}
+
+// Lane r waits until rank r has read what lay in the ring where this chunk's group goes. Called by a whole warp;
+// returns whether all have.
+__device__ inline bool wait_for_room(const Link& link, uint64_t epoch, int64_t slot, int64_t lap) {
+    if (lap == 0) return true;  // opening the exchange was the wait: peers have left the one before
+    const int lane = threadIdx.x % kWarpSize;
+    bool good = true;
+    if (lane < link.num_ranks && lane != link.rank) {
+        good =
+            wait_for(link, consumed_flag(link, lane, link.rank, slot), group_stamp(epoch, lap - 1), lane, Phase::kRoom);
+    }
+    return __all_sync(kAllLanes, good) != 0;
+}
+
+// Lane 0 waits for a group of `source`; the whole warp may read it afterwards. Returns whether it came.
+__device__ inline bool wait_for_group(const Link& link, uint64_t epoch, int source, int64_t slot, int64_t lap) {
+    int good = 1;
+    if (threadIdx.x % kWarpSize == 0) {
+        good = wait_for(link, arrived_flag(link, link.rank, source, slot), group_stamp(epoch, lap), source,
+                        Phase::kArrival);
+    }
+    return __shfl_sync(kAllLanes, good, 0) != 0;
+}
+
+// Tells `source` that its group has been read, where a later lap of the ring needs its place. Called by one thread
+// after all reads of the group.
+__device__ inline void release_group(const Link& link, uint64_t epoch, int source, int64_t chunk, int64_t num_chunks,
+                                     int64_t ring_groups) {
+    if (chunk + ring_groups >= num_chunks) return;
+    const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
+    ptx::fence_acq_rel_sys();
+    ptx::store_relaxed_sys(consumed_flag(link, link.rank, source, slot), group_stamp(epoch, lap));
+}
+
+// Tells every peer that its group of this chunk is complete. Called by one thread that has observed all stores.
+__device__ inline void flag_groups(const Link& link, uint64_t epoch, int64_t slot, int64_t lap) {
+    ptx::fence_acq_rel_sys();
+    for (int step = 1; step < link.num_ranks; ++step) {
+        const int peer = (link.rank + step) % link.num_ranks;
+        ptx::store_relaxed_sys(arrived_flag(link, peer, link.rank, slot), group_stamp(epoch, lap));
+    }
+}
+
+__device__ __forceinline__ void flag_group(const Link& link, uint64_t epoch, int peer, int64_t slot, int64_t lap) {
+    ptx::fence_acq_rel_sys();
+    ptx::store_relaxed_sys(arrived_flag(link, peer, link.rank, slot), group_stamp(epoch, lap));
+}
+
+}  // namespace moe_ep::device

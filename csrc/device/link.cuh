@@ -1,0 +1,59 @@
+#pragma once
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+#include "layout/exchange.h"
+
+// Waiting for peers, always within bounds, and telling the host what went wrong.
+namespace moe_ep::device {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// Stamp of the group of one chunk: later laps round the ring and later exchanges have larger ones.
+__device__ __forceinline__ uint64_t group_stamp(uint64_t epoch, int64_t lap) {
+    return (epoch << 24) + static_cast<uint64_t>(lap) + 1;
+}
+
+__device__ __forceinline__ bool has_failed(const Link& link) {
+    return ptx::load_relaxed_gpu(&link.state->failed) != 0;
+}
+
+// Stops this rank's kernels; the first to come here tells the host.
+__device__ inline void report(const Link& link, Trouble trouble, int peer, Phase phase, uint64_t expected,
+                              uint64_t seen, const int32_t* theirs = nullptr, const int32_t* mine = nullptr) {
+    if (atomicExch(&link.state->failed, 1u) != 0) return;
+    volatile StatusWords* status = link.status;
+    status->peer = peer;
+    status->phase = static_cast<int64_t>(phase);
+    status->expected = static_cast<int64_t>(expected);
+    status->seen = static_cast<int64_t>(seen);
+    for (int word = 0; word < kHeaderWords; ++word) {
+        status->theirs[word] = theirs == nullptr ? 0 : ptx::load_arena(theirs + word);
+        status->mine[word] = mine == nullptr ? 0 : mine[word];
+    }
+    // The host reads the rest once it has seen the trouble.
+    __threadfence_system();
+    status->trouble = static_cast<int64_t>(trouble);
+}
+
+// Waits until a flag has reached a value; what was stored before it may then be read. Returns false when the exchange
+// has failed, here or elsewhere on this GPU.
+__device__ inline bool wait_for(const Link& link, const uint64_t* flag, uint64_t expected, int peer, Phase phase) {
+    uint64_t seen = ptx::load_acquire_sys(flag);
+    if (seen >= expected) return true;
+    const uint64_t start = ptx::global_nanoseconds();
+    for (uint32_t turn = 1;; ++turn) {
+        seen = ptx::load_acquire_sys(flag);
+        if (seen >= expected) return true;
+        if (turn % 32 != 0) continue;
+        if (has_failed(link)) return false;
+        if (ptx::global_nanoseconds() - start > link.timeout_ns) {
+            report(link, Trouble::kTimeout, peer, phase, expected, seen);
+            return false;
+        }
+    }
+}
+
+}  // namespace moe_ep::device

@@ -1,0 +1,62 @@
+#pragma once
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+
+// Rows on their way through shared memory: one thread loads pieces ahead and stores each to any number of places.
+namespace moe_ep::device {
+
+inline constexpr int kPipeStages = 4;
+inline constexpr int kPipeStageBytes = 7168;
+inline constexpr int kPipeWarps = 7;
+inline constexpr int kPipeBytes = kPipeStages * kPipeStageBytes;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// Belongs to one warp and is used by one of its threads alone.
+class BulkPipe {
+public:
+    __device__ BulkPipe(std::byte* stages, uint64_t* barriers) : stages_(stages), barriers_(barriers) {
+        for (int stage = 0; stage < kPipeStages; ++stage) ptx::barrier_init(barriers_ + stage, 1);
+        ptx::fence_barrier_init();
+    }
+
+    __device__ bool is_full() const { return num_loading_ == kPipeStages - 1; }
+    __device__ bool is_empty() const { return num_loading_ == 0; }
+
+    // Begins to load a piece. The stage it takes was last stored from kPipeStages pieces ago.
+    __device__ void load(const std::byte* source, uint32_t num_bytes) {
+        // All but the latest store have left their stages; that one's is never taken, since one stage stays free.
+        ptx::wait_bulk_reads<1>();
+        ptx::barrier_expect_bytes(barriers_ + load_stage_, num_bytes);
+        ptx::bulk_load(stages_ + load_stage_ * kPipeStageBytes, source, num_bytes, barriers_ + load_stage_);
+        load_stage_ = load_stage_ + 1 == kPipeStages ? 0 : load_stage_ + 1;
+        ++num_loading_;
+    }
+
+    // Waits for the oldest piece and returns where it is.
+    __device__ const std::byte* front() const {
+        while (!ptx::barrier_passed(barriers_ + store_stage_, parity_)) {
+        }
+        return stages_ + store_stage_ * kPipeStageBytes;
+    }
+
+    // All stores of the oldest piece are issued.
+    __device__ void pop() {
+        ptx::bulk_commit();
+        store_stage_ = store_stage_ + 1 == kPipeStages ? 0 : store_stage_ + 1;
+        if (store_stage_ == 0) parity_ ^= 1;
+        --num_loading_;
+    }
+
+private:
+    std::byte* stages_;
+    uint64_t* barriers_;
+    int load_stage_ = 0, store_stage_ = 0, num_loading_ = 0;
+    uint32_t parity_ = 0;
+};
+
+#endif
+
+}  // namespace moe_ep::device

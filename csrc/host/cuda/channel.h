@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "layout/exchange.h"
+
+namespace moe_ep {
+
+// One rank's end of the exchanges of a group: the mapped arenas, and the state that kernels keep between exchanges.
+class Channel {
+public:
+    Channel(const std::vector<std::byte*>& arenas, int rank, int64_t payload_bytes, int device, double timeout_s);
+    ~Channel();
+    Channel(const Channel&) = delete;
+    Channel& operator=(const Channel&) = delete;
+
+    void open(OpenParams& params, void* stream);
+    int64_t open_dispatch(OpenParams& params, bool tell_sizes, void* stream);
+    void drop(uintptr_t topk_idx, int index_bytes, uintptr_t idx_in_expert, uintptr_t keep_choices, int64_t num_choices,
+              int num_experts, uintptr_t stream);
+    void dispatch(DispatchParams& params, bool bulk, void* stream);
+    void combine(CombineParams& params, void* stream);
+
+    using Sizes = std::tuple<int64_t, int64_t, int64_t>;
+    std::optional<Sizes> wait_sizes(int64_t ticket, double seconds) const;
+
+    // What went wrong first since the last reset, and capacities that did not hold.
+    StatusWords status() const;
+    uint64_t epoch() const;
+    void reset(uint64_t epoch);
+
+    double timeout_s() const { return static_cast<double>(link_.timeout_ns) * 1e-9; }
+    void set_timeout_s(double seconds);
+
+private:
+    // Dispatches whose sizes nobody has asked for yet.
+    static constexpr int64_t kNumSizeSlots = 4096;
+
+    Link link_{};
+    int device_;
+    SizeWords* sizes_ = nullptr;
+    int64_t next_ticket_ = 1;
+};
+
+}  // namespace moe_ep

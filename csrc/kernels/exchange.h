@@ -1,0 +1,24 @@
+#pragma once
+
+#include "layout/exchange.h"
+
+namespace moe_ep {
+
+// All of them only enqueue work on a stream of the current device. `stream` is a cudaStream_t; raise LibraryError when
+// CUDA refuses a launch.
+
+// Compares headers with all peers and, for a dispatch, exchanges counts and writes the plan's table.
+void launch_open(const OpenParams& params, void* stream);
+
+// Turns choices that their experts do not keep into -1: topk_idx [T, K] of index_bytes bytes, in place.
+void launch_drop(void* topk_idx, int index_bytes, const int32_t* idx_in_expert, const int32_t* keep_choices,
+                 int64_t num_choices, int num_experts, void* stream);
+
+// Sends rows and places those that arrive, with copies by the copy engine where `bulk`, else by vector loads and
+// stores.
+void launch_dispatch(const DispatchParams& params, bool bulk, void* stream);
+
+// Sums layout rows per source token, sends the sums home, and adds up those that arrive.
+void launch_combine(const CombineParams& params, void* stream);
+
+}  // namespace moe_ep

@@ -1,0 +1,187 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "layout/arena.h"
+
+namespace moe_ep {
+
+// What a rank that waits, or whose peer waits, is doing; told in errors.
+enum class Phase : int32_t { kOpening = 0, kArrival = 1, kRoom = 2 };
+
+enum class Trouble : int32_t { kNone = 0, kTimeout = 1, kAborted = 2, kMismatch = 3, kTooManyTokens = 4 };
+
+// Pinned host memory: what went wrong first. `trouble` is written last.
+struct StatusWords {
+    int64_t trouble;
+    int64_t peer;
+    int64_t phase;
+    int64_t expected;
+    int64_t seen;
+    int64_t theirs[kHeaderWords];
+    int64_t mine[kHeaderWords];
+    int64_t overflowed;  // exchanges whose capacity did not hold, so far
+    int64_t overflow_rank;
+    int64_t overflow_needed;
+    int64_t overflow_given;
+};
+
+// Pinned host memory: sizes of a dispatch; `ticket` is written last.
+struct SizeWords {
+    int64_t num_rows;      // layout rows
+    int64_t num_received;  // rows as they arrive, one per token and source
+    int64_t max_tokens;    // largest T of any rank
+    int64_t ticket;
+};
+
+// Device memory of one rank, kept between exchanges and advanced by the kernels alone.
+struct LinkState {
+    uint64_t epoch;   // exchanges opened so far
+    uint32_t failed;  // set by the first failure, and then no kernel waits or moves any more
+    uint32_t unused;
+};
+
+// Everything that stays the same from exchange to exchange.
+struct Link {
+    std::byte* arenas[kMaxNodeRanks];  // every rank's arena as mapped here
+    int32_t rank;
+    int32_t num_ranks;
+    int64_t payload_bytes;  // ring of one source
+    LinkState* state;
+    StatusWords* status;
+    uint64_t timeout_ns;
+
+    MOE_EP_HOST_DEVICE ArenaLayout arena(int of_rank) const {
+        return ArenaLayout(arenas[of_rank], num_ranks, payload_bytes);
+    }
+};
+
+enum class Layout : int32_t { kCompact = 0, kExpanded = 1, kSlab = 2 };
+
+// The device's half of a plan, written when an exchange is opened. Local experts are those of this rank.
+struct PlanTable {
+    int32_t* source_tokens;      // [R] T of each rank
+    int32_t* source_rows;        // [R + 1] first received row of each source; the last entry is their number
+    int32_t* expert_rows;        // [R][e] layout row of each source's first choice of each local expert
+    int32_t* tokens_per_expert;  // [e]
+    int32_t* expert_ends;        // [e] end of each group, padding included
+    int32_t* keep_choices;       // [E] of this rank's choices of each expert, how many stay when others are dropped
+    int32_t* overflow;           // [1] whether outputs are to be poisoned
+
+    // Carves a table out of `num_words` int32 words.
+    MOE_EP_HOST_DEVICE PlanTable(int32_t* words, int num_ranks, int num_experts) {
+        const int64_t local = num_experts / num_ranks;
+        source_tokens = words;
+        source_rows = source_tokens + num_ranks;
+        expert_rows = source_rows + num_ranks + 1;
+        tokens_per_expert = expert_rows + num_ranks * local;
+        expert_ends = tokens_per_expert + local;
+        keep_choices = expert_ends + local;
+        overflow = keep_choices + num_experts;
+    }
+    MOE_EP_HOST_DEVICE static int64_t num_words(int num_ranks, int num_experts) {
+        return static_cast<int64_t>(num_ranks) * 2 + 1 + num_experts + 2 * (num_experts / num_ranks) + num_experts + 1;
+    }
+};
+
+// A capacity, or none: which rows there are, and what happens to more.
+struct CapacityRule {
+    int64_t rows;        // of this rank's output; 0 where not limited
+    int64_t per_expert;  // fixed size of every group; 0 where groups are packed
+    int32_t drop;        // whether choices beyond are dropped rather than outputs poisoned
+};
+
+// Opens an exchange: headers are compared on the GPU, counts exchanged with them, and all sizes follow.
+struct OpenParams {
+    Link link;
+    int32_t header[kHeaderWords];  // kind, digest, serial, status, ...: the same on all ranks unless one is in trouble
+    // The rest is used by dispatches only; choices_per_expert is null otherwise.
+    const int32_t* choices_per_expert;  // [E]
+    const int32_t* tokens_per_rank;     // [R]
+    int64_t num_tokens;
+    int64_t max_tokens;  // of any rank, that this rank's plan has room for; 0 where it is sized afterwards
+    int32_t num_experts;
+    int32_t alignment;
+    Layout layout;
+    CapacityRule capacity;
+    int32_t* table;           // PlanTable
+    int64_t* received_total;  // [e] running count of received choices; null where nobody counts
+    int32_t* host_counts;     // [e] pinned, as tokens_per_expert; null where no host waits
+    SizeWords* sizes;         // null where no host waits
+    int64_t ticket;
+};
+
+// Header words that are not compared: whether the rank raises instead of taking part, and where its reason can be read.
+inline constexpr int kHeaderStatus = 3;
+inline constexpr int kHeaderNote = 5;
+
+// What both halves of an exchange know of its rows.
+struct RowParams {
+    int64_t row_bytes;   // as they travel
+    int64_t meta_words;  // as they travel
+    int32_t top_k;       // K of the plan; 0 for rows planned by a mask alone
+    int32_t num_experts;
+    int64_t max_chunks;  // groups per source that the plan has room for
+    int32_t* table;      // PlanTable
+    int32_t* groups;     // [R][max_chunks][2] of each source's group: first received row, mask of tokens
+    int32_t* positions;  // [N, K] layout row of each received choice (compact rows: local id), -1 = another rank's
+    const uint32_t* token_ranks;  // [T] bit r: the token goes to rank r
+    const int32_t* idx_in_rank;   // [T, R] place of the token among its rank's; -1 = not one of them
+    int64_t num_tokens;           // T
+};
+
+enum class Cast : int32_t { kNone = 0, kFromBf16 = 1, kFromHalf = 2, kFromFloat = 3 };
+
+struct DispatchParams {
+    Link link;
+    RowParams rows;
+    int32_t num_senders;  // blocks that send; they come first
+    int32_t num_placers;  // blocks that place
+    int32_t with_plan;    // metadata travels and the plan is written; otherwise it is replayed
+    Layout layout;
+    Cast cast;  // to fp8 for the wire, and back
+    // Sending
+    const std::byte* x;    // [T] rows; of the dtype behind the cast
+    const void* topk_idx;  // [T, K] int32 or int64
+    int32_t index_bytes;
+    int32_t weight_words;          // per choice, 0 without weights
+    int32_t scale_words;           // per token, 0 without scales
+    const int32_t* idx_in_expert;  // [T, K]
+    const int32_t* topk_weights;   // [T, K] words
+    const int32_t* scales;         // [T, scale_words], strided
+    int64_t scale_stride, scale_word_stride;
+    // Placing
+    std::byte* out;  // [num_rows] layout rows
+    int64_t num_rows;
+    int32_t* out_weights;   // [num_rows] words, or [num_rows, K] for compact rows
+    int32_t* out_scales;    // [num_rows, scale_words]
+    int64_t* out_topk_idx;  // [num_rows, K] local ids (compact rows)
+    int32_t* out_source;    // [N] token index at the source
+    int32_t zero_padding;   // whether rows between a group's last and its end become zero
+    int64_t fixed_group;    // rows of every group, 0 where groups are packed
+};
+
+enum class Element : int32_t { kBf16 = 0, kHalf = 1, kFloat = 2, kDouble = 3 };
+
+struct CombineParams {
+    Link link;
+    RowParams rows;
+    int32_t num_senders;
+    int32_t num_reducers;
+    Layout layout;
+    Element element;
+    int32_t wide_wire;           // partial sums travel as fp32
+    int64_t hidden;              // elements of a row
+    const std::byte* y;          // [num_rows] layout rows
+    const int32_t* row_weights;  // [num_rows] factors as words, or null
+    int32_t weight_words;        // per factor: fp32 or, with 64-bit rows, fp64
+    const int32_t* values;       // words that travel home beside the rows, in the shape of weights; or null
+    int32_t value_words;         // per choice
+    int32_t only_own_values;     // whether values of compact rows count for this rank's choices alone
+    std::byte* out;              // [T] rows
+    const std::byte* bias[2];    // [T] rows, or null
+    int32_t* out_values;         // [T, K] words
+};
+
+}  // namespace moe_ep
