@@ -9,7 +9,7 @@ import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
+from moe_ep.backends.cuda_exchange import CudaBackend
 from moe_ep.backends.runtime import TorchRuntime
 from moe_ep.backends.torch import TorchBackend
 from moe_ep.backends.worker import CommunicationThread, release, run_in_mode, run_without_grad
@@ -125,8 +126,9 @@ class Buffer(BufferCalls):
             f"ranks_per_node={self.ranks_per_node}, backend={backend}"
         )
         self.agree(detail, lambda: self._check_arguments(backend, wrong_timeout))
-        self.backend_name, self.backend_reason = "torch", _why_torch(backend)
-        self.backend = TorchBackend(self.control, lambda: self.group)
+        self.backend: Any
+        self.backend, self.backend_reason = self._make_backend(backend)
+        self.backend_name = self.backend.name
         self.runtime = TorchRuntime(self.rank, self.group_size, self.ranks_per_node, num_nvl_bytes, num_rdma_bytes)
 
     @classmethod
@@ -199,6 +201,32 @@ class Buffer(BufferCalls):
                 f"ranks_per_node={self.ranks_per_node} must divide the {self.group_size} ranks of the group"
             )
 
+    def _make_backend(self, backend: str) -> tuple[TorchBackend | CudaBackend, str]:
+        """The backend that was asked for, or the one that all ranks can use, and why. Collective."""
+        reason = "asked for" if backend == "torch" else _why_not_cuda(self.group, backend)
+        if backend != "torch":
+            told = self.control.open(Call("settings"), torch.tensor([int(reason is None)], device="cpu"))
+            if reason is None and not bool(told.all()):
+                reason = f"rank {int(told.argmin())} cannot use cuda"
+        if reason is None:
+            try:
+                chosen = CudaBackend(self.control, self.num_nvl_bytes)
+                self._release_memory = weakref.finalize(self, chosen.link.close)
+                return chosen, "asked for" if backend == "cuda" else "every rank has a GPU that the others reach"
+            # All ranks raise it together.
+            except NotBuiltError as error:
+                if backend == "cuda":
+                    raise
+                reason = str(error)
+        if backend == "auto":
+            _LOGGER.info("backend auto chose torch: %s", reason)
+        return TorchBackend(self.control, lambda: self.group), reason or ""
+
+    def check_alive(self) -> None:
+        """Raise MoeEpError after :meth:`destroy`."""
+        if self._destroyed:
+            raise MoeEpError("this Buffer was destroyed: construct a new one")
+
     def submit(self, run: Callable[[], Result]) -> Job[Result]:
         """Run an exchange on the communication thread, after all earlier ones."""
         if self._destroyed:
@@ -226,6 +254,8 @@ class Buffer(BufferCalls):
         last = self._last()
         if last is not None:
             last.exception()
+        if isinstance(self.backend, CudaBackend):
+            self.backend.link.synchronize()
 
     def destroy(self) -> None:
         """Stop using the group. Not collective; needs ``explicitly_destroy=True``.
@@ -237,6 +267,8 @@ class Buffer(BufferCalls):
             raise ValueError("destroy() needs Buffer(..., explicitly_destroy=True); otherwise release is automatic")
         self._destroyed = True
         self._release()
+        if isinstance(self.backend, CudaBackend):
+            self._release_memory()
 
     def reset(self) -> None:
         """Make the Buffer usable after a timeout or abort. Collective; handles made before become stale."""
@@ -369,25 +401,29 @@ def _timeout(timeout_s: float | None) -> tuple[float, ValueError | None]:
     return value, None
 
 
+def _why_not_cuda(group: dist.ProcessGroup | None, backend: str) -> str | None:
+    """Why this rank cannot or should not use the CUDA backend; None where it should."""
+    if backend == "auto":
+        # NOTE: a group for CPU tensors alone says that its ranks exchange those, whatever GPUs there are.
+        if group is None:
+            return "a single rank exchanges with nobody"
+        if torch.device("cuda") not in group._device_types:
+            return "the group is not one for CUDA tensors"
+    try:
+        _require_cuda()
+    except NotBuiltError as error:
+        return str(error)
+    return None
+
+
 def _require_cuda() -> None:
     if not torch.cuda.is_available():
         raise NotBuiltError(
             'backend="cuda" needs a GPU, and torch sees none here: use backend="torch" or "auto"; '
             "`moe-ep doctor` shows what is missing"
         )
-    load_extension()
-    raise NotBuiltError(
-        'backend="cuda" needs exchange kernels, which this build of moe_ep._C does not hold: '
-        'use backend="torch" or "auto", which run on this GPU as well'
-    )
-
-
-def _why_torch(backend: str) -> str:
-    if backend == "torch":
-        return "asked for"
-    try:
-        _require_cuda()
-    except NotBuiltError as error:
-        reason = str(error)
-    _LOGGER.info("backend auto chose torch: %s", reason)
-    return reason
+    if not load_extension().build_info()["cuda"]:
+        raise NotBuiltError(
+            'backend="cuda" needs CUDA kernels, and moe_ep._C was built without: install from source where nvcc is '
+            'found, or use backend="torch"'
+        )

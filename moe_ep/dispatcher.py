@@ -17,6 +17,7 @@ from moe_ep.buffer import Buffer, resolve_group
 from moe_ep.config import Capacity, ExchangeSpec, record_bytes
 from moe_ep.errors import StaleHandleError
 from moe_ep.exchange import Exchanger, allow_dtype
+from moe_ep.exchange_cuda import make_exchanger
 from moe_ep.handle import DispatchHandle
 from moe_ep.hooks import Hook, HookHandle
 from moe_ep.ops import are_transparent, run_combine, run_dispatch
@@ -158,7 +159,7 @@ class TokenDispatcher(nn.Module):
         buffer.agree(detail, lambda: check_dispatcher(spec, expert_map, self.num_sms))
         validate = buffer.backend_name == "torch" if self.validate is None else self.validate
         hooks = None if self._exchanger is None else self._exchanger.hooks
-        self._exchanger = Exchanger(buffer, spec, expert_map, validate, hooks=hooks)
+        self._exchanger = make_exchanger(buffer, spec, expert_map, validate, hooks=hooks, num_sms=self.num_sms)
         self._id = self._exchanger.id
         self._settings = spec
 
@@ -207,7 +208,9 @@ class TokenDispatcher(nn.Module):
         copy._anchor = _new_anchor()
         if self._exchanger is not None:
             source = self._exchanger
-            copy._exchanger = Exchanger(source.buffer, source.spec, source.expert_map, source.validate, source.number)
+            copy._exchanger = make_exchanger(
+                source.buffer, source.spec, source.expert_map, source.validate, source.number, num_sms=copy.num_sms
+            )
             copy._id = copy._exchanger.id
         return copy
 

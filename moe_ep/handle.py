@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,8 +166,10 @@ class Plan:
         ]
 
     @staticmethod
-    def from_tensors(tensors: list[Tensor] | tuple[Tensor, ...]) -> Plan:
-        """Inverse of :meth:`to_tensors`."""
+    def from_tensors(tensors: list[Tensor] | tuple[Tensor, ...]) -> Any:
+        """Inverse of :meth:`to_tensors`, and of that of :class:`CudaPlan`, which has fewer numbers."""
+        if tensors[0].numel() == len(_CUDA_SCALARS):
+            return CudaPlan.from_tensors(tensors)
         sizes, send_src, choice_pos, token_rows, token_offsets, pad_rows, *place = tensors
         numbers = sizes.tolist()
         scalars = dict(zip(_SCALARS, numbers, strict=False))
@@ -189,6 +191,89 @@ class Plan:
 
 NUM_SCALARS = len(_SCALARS) + len(_IDENTITY_FLAGS)
 NUM_PLAN_TENSORS = 6 + len(_IDENTITY_FLAGS)
+
+_CUDA_SCALARS = (
+    "owner",
+    "incarnation",
+    "serial",
+    "num_tokens",
+    "top_k",
+    "num_experts",
+    "num_rows",
+    "max_chunks",
+    "layout",
+    "zero_padding",
+    "weight_bytes",
+)
+LAYOUT_CODES = {"compact": 0, "expanded": 1, "slab": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaPlan:
+    """One exchange's plan on a GPU. Holds no payload and nothing that requires grad.
+
+    Attributes:
+        owner: id of the dispatcher or Buffer that made it.
+        incarnation: how often its Buffer had been reset.
+        serial: number of the exchange that made it, the same on every rank.
+        num_tokens: T.
+        top_k: K; 0 for rows planned by a mask alone.
+        num_experts: E.
+        num_rows: layout rows allocated.
+        max_chunks: groups per source that ``groups`` has room for.
+        layout: code of the layout.
+        zero_padding: whether rows between a group's last and its end are zero.
+        weight_bytes: bytes of one router weight, 4 or 8.
+        table: int32, sizes and places that the opening of the exchange wrote.
+        groups: int32 [R, max_chunks, 2], first received row and tokens of each group.
+        positions: int32 [N, K], layout row of each received choice, for compact rows its local id; -1 = another rank's.
+        token_ranks: int32 [T], bit r says whether the token goes to rank r.
+        idx_in_rank: int32 [T, R], place of the token among those of a rank, -1 = not one of them.
+    """
+
+    owner: int
+    incarnation: int
+    serial: int
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    num_rows: int
+    max_chunks: int
+    layout: int
+    zero_padding: bool
+    weight_bytes: int
+    table: Tensor
+    groups: Tensor
+    positions: Tensor
+    token_ranks: Tensor
+    idx_in_rank: Tensor
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether layout rows are the received rows."""
+        return self.layout == LAYOUT_CODES["compact"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.table.device
+
+    def to_tensors(self) -> list[Tensor]:
+        """The plan as tensors alone, the form in which operators and autograd carry it."""
+        sizes = torch.tensor([int(getattr(self, name)) for name in _CUDA_SCALARS], dtype=torch.int64, device="cpu")
+        tensors = [sizes, self.table, self.groups, self.positions, self.token_ranks, self.idx_in_rank]
+        # NOTE: an operator may not return one tensor twice.
+        return tensors + [self.table.new_empty(0) for _ in range(NUM_PLAN_TENSORS - len(tensors))]
+
+    @staticmethod
+    def from_tensors(tensors: list[Tensor] | tuple[Tensor, ...]) -> CudaPlan:
+        """Inverse of :meth:`to_tensors`."""
+        sizes, table, groups, positions, token_ranks, idx_in_rank = tensors[:6]
+        scalars = dict(zip(_CUDA_SCALARS, sizes.tolist(), strict=True))
+        scalars["zero_padding"] = bool(scalars["zero_padding"])
+        return CudaPlan(
+            **scalars, table=table, groups=groups, positions=positions, token_ranks=token_ranks, idx_in_rank=idx_in_rank
+        )
 
 
 @dataclasses.dataclass(frozen=True)

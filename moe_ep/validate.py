@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_ep.config import FP8_DTYPE, FP8_GROUP, ROW_DTYPES, ExchangeSpec, check_row_bytes
 from moe_ep.errors import StaleHandleError
-from moe_ep.handle import Plan
+from moe_ep.handle import CudaPlan, Plan
 
 # Below this K all pairs of a token's choices are compared; above, sorting is cheaper.
 _PAIRWISE_TOP_K = 16
@@ -171,12 +171,14 @@ def _repeated_choices(topk_idx: Tensor) -> Tensor:
     return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
 
 
-def check_layout_rows(name: str, y: object, plan: Plan, spec: ExchangeSpec, *, contiguous: bool = True) -> Tensor:
+def check_layout_rows(
+    name: str, y: object, plan: Plan | CudaPlan, spec: ExchangeSpec, *, contiguous: bool = True
+) -> Tensor:
     """Check expert outputs against the plan: [num_rows, H], or [e, R * max_tokens, H] for slabs."""
     shape: tuple[int, ...] = (plan.num_rows, spec.hidden_size)
     if spec.layout == "slab":
         shape = (spec.num_local_experts, plan.num_rows // spec.num_local_experts, spec.hidden_size)
-    device = plan.send.send_src.device
+    device = plan.device
     rows = check_tensor(name, y, shape=shape, dtypes=(spec.dtype,), contiguous=contiguous)
     if rows.device != device:
         raise StaleHandleError(
@@ -185,7 +187,7 @@ def check_layout_rows(name: str, y: object, plan: Plan, spec: ExchangeSpec, *, c
     return rows
 
 
-def check_row_weights(weights: object, plan: Plan, spec: ExchangeSpec) -> None:
+def check_row_weights(weights: object, plan: Plan | CudaPlan, spec: ExchangeSpec) -> None:
     """Check the weights given to a combine: required exactly where combine multiplies."""
     if spec.weights == "experts":
         if weights is not None:
@@ -200,7 +202,7 @@ def check_row_weights(weights: object, plan: Plan, spec: ExchangeSpec) -> None:
     if spec.layout == "slab":
         shape = (spec.num_local_experts, plan.num_rows // spec.num_local_experts)
     dtype = torch.float64 if plan.weight_bytes == 8 else torch.float32
-    check_tensor("weights", weights, shape=shape, dtypes=(dtype,), device=plan.send.send_src.device)
+    check_tensor("weights", weights, shape=shape, dtypes=(dtype,), device=plan.device)
 
 
 def check_dispatcher(spec: ExchangeSpec, expert_map: Tensor | None, num_sms: int | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from moe_ep.backends.control import Opening, Outbox
 from moe_ep.backends.transport import Load
 from moe_ep.backends.wire import Metadata
 from moe_ep.config import ExchangeSpec
-from moe_ep.handle import Groups, Plan, SendPlan
+from moe_ep.handle import Groups, SendPlan
 
 # Begins an exchange with what fits its envelopes.
 Announce = Callable[[Outbox | None], Opening]
@@ -96,8 +96,8 @@ class Dispatch:
         tokens_per_expert: int32 [e].
         expert_ends: int32 [e].
         overflow: bool 0-dim; None without a capacity.
-        plan: to replay.
-        groups: sizes on the host.
+        plan: to replay, ``Plan`` or ``CudaPlan``.
+        groups: sizes on the host, ``Groups`` or what the host of a GPU knows of them.
     """
 
     rows: Tensor
@@ -108,5 +108,5 @@ class Dispatch:
     tokens_per_expert: Tensor
     expert_ends: Tensor
     overflow: Tensor | None
-    plan: Plan
-    groups: Groups
+    plan: Any
+    groups: Any

@@ -1,0 +1,443 @@
+"""The CUDA backend: rows move between GPUs of one node by this package's own kernels.
+
+Nothing here waits for the host but the sizes of a dispatch without a capacity. Row order and results are those of the
+torch backend; sums differ by rounding alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_ep.backends.control import Call, ControlPlane
+from moe_ep.backends.cuda import load_extension
+from moe_ep.backends.cuda_link import CudaJob, CudaLink, aligned, pointer
+from moe_ep.backends.cuda_outputs import WORD_BYTES, Counts, Outputs
+from moe_ep.backends.cuda_plan import table_layout
+from moe_ep.backends.types import Dispatch
+from moe_ep.config import FP8_GROUP, ExchangeSpec
+from moe_ep.handle import LAYOUT_CODES, CudaPlan
+from moe_ep.plan import rows_of_factor
+
+_ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+_CASTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+# Blocks that send and blocks that place or reduce, by what is placed, until a number of SMs is given.
+_DEFAULT_SPLIT = {"compact": (8, 8), "expanded": (8, 16), "slab": (8, 16), "combine": (12, 12)}
+_HOPPER = (9, 0)
+
+
+class CudaBackend:
+    """Exchanges rows among GPUs that reach each other's memory.
+
+    Args:
+        control: of the Buffer.
+        granted_bytes: memory for rows on their way; 0 reserves at first use.
+        bulk: whether rows go through the copy engine of GPUs since Hopper; None where there is one.
+    """
+
+    name = "cuda"
+
+    def __init__(self, control: ControlPlane, granted_bytes: int, bulk: bool | None = None) -> None:
+        self.control = control
+        self.link = CudaLink(control, granted_bytes)
+        self.bulk = self.link.compute_capability >= _HOPPER if bulk is None else bulk
+        self.max_tokens = 0
+        self.reserved_tokens = 0
+        self._extension = load_extension()
+        self._serial = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the arena."""
+        return self.link.memory_bytes
+
+    def reset(self) -> None:
+        """Go on after a failure. Collective."""
+        self.link.reset()
+
+    # Sizes
+
+    def ensure(self, num_tokens: int, row_bytes: int, meta_words: int) -> None:
+        """Reserve memory at the first exchange, or where one needs more. Collective when it does anything.
+
+        Args:
+            num_tokens: T of this rank.
+            row_bytes: bytes of a row as it travels.
+            meta_words: 32-bit words that travel with it.
+        """
+        if self.link.fits(row_bytes, meta_words):
+            if self.max_tokens <= self.reserved_tokens or torch.cuda.is_current_stream_capturing():
+                return
+            # All ranks have seen the same larger T in the counts of an exchange before.
+            self.reserved_tokens = self.max_tokens
+        else:
+            self.reserved_tokens = max(self.reserved_tokens, self.agree_tokens(num_tokens))
+        self.link.reserve(self.reserved_tokens, row_bytes, meta_words)
+
+    def agree_tokens(self, num_tokens: int) -> int:
+        """The largest T of any rank. Collective."""
+        told = self.control.open(Call("reserve"), torch.tensor([num_tokens], device="cpu"))
+        self.max_tokens = max(self.max_tokens, int(told.max()))
+        return int(told.max())
+
+    def _split(self, what: str, num_sms: int | None) -> tuple[int, int]:
+        """Blocks of the two roles of a kernel."""
+        senders, others = _DEFAULT_SPLIT[what]
+        if num_sms is not None:
+            senders = max(num_sms * senders // (senders + others), 1)
+            others = max(num_sms - senders, 1)
+        return (0, senders + others) if self.control.size == 1 else (senders, others)
+
+    # Dispatch
+
+    def count(
+        self,
+        topk_idx: Tensor,
+        spec: ExchangeSpec,
+        header: list[int],
+        max_tokens: int,
+        totals: Tensor | None,
+    ) -> Counts:
+        """Plan a set of tokens and open an exchange with their counts, on the communication stream.
+
+        Args:
+            topk_idx: int64 [T, K] physical ids, -1 = no choice.
+            spec: the settings.
+            header: compared on all ranks.
+            max_tokens: largest T of any rank, which a capacity needs; 0 without one.
+            totals: int64 [e], running count of received choices.
+        """
+        num_tokens, top_k = topk_idx.shape
+        num_ranks, num_experts = spec.num_ranks, spec.num_experts
+        device, exact = topk_idx.device, max_tokens == 0
+        temp = _int32(device, num_experts + num_ranks)
+        in_rank = torch.empty(num_tokens, num_ranks, dtype=torch.bool, device=device)
+        idx_in_expert = _int32(device, num_tokens, top_k)
+        idx_in_rank = _int32(device, num_tokens, num_ranks)
+        token_ranks = _int32(device, num_tokens)
+        table = _int32(device, table_layout(num_ranks, num_experts)["num_words"])
+        host_counts = torch.empty(spec.num_local_experts, dtype=torch.int32, pin_memory=True) if exact else None
+        rows_limit, per_expert = self._capacity(spec, max_tokens)
+        drop = spec.capacity is not None and spec.on_overflow == "drop"
+        if drop:
+            topk_idx = topk_idx.clone()
+            # The clone was made on the current stream.
+            self.link.stream.wait_stream(torch.cuda.current_stream(device))
+        stream = self.link.stream.cuda_stream
+        params = self._extension.PlanParams(
+            topk_idx=topk_idx.data_ptr(),
+            index_bytes=topk_idx.itemsize,
+            num_tokens=num_tokens,
+            top_k=top_k,
+            num_experts=num_experts,
+            num_ranks=num_ranks,
+            choices_per_expert=temp.data_ptr(),
+            tokens_per_rank=temp.data_ptr() + WORD_BYTES * num_experts,
+            is_token_in_rank=in_rank.data_ptr(),
+            idx_in_expert=idx_in_expert.data_ptr(),
+            idx_in_rank=idx_in_rank.data_ptr(),
+            token_ranks=token_ranks.data_ptr(),
+        )
+        workspace = torch.empty(params.workspace_bytes, dtype=torch.uint8, device=device)
+        ticket = 0
+        for dropping in (True, False) if drop else (False,):
+            self._extension.plan_cuda(
+                params, workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=stream
+            )
+            ticket = self.link.channel.open_dispatch(
+                header=header,
+                choices_per_expert=temp.data_ptr(),
+                tokens_per_rank=temp.data_ptr() + WORD_BYTES * num_experts,
+                num_tokens=num_tokens,
+                max_tokens=max_tokens,
+                num_experts=num_experts,
+                alignment=spec.alignment,
+                layout=LAYOUT_CODES[spec.layout],
+                capacity_rows=rows_limit,
+                capacity_per_expert=per_expert,
+                drop=drop,
+                table=table.data_ptr(),
+                received_total=0 if dropping else pointer(totals),
+                host_counts=pointer(host_counts),
+                tell_sizes=exact,
+                stream=stream,
+            )
+            if dropping:
+                self.link.channel.drop(
+                    topk_idx=topk_idx.data_ptr(),
+                    index_bytes=topk_idx.itemsize,
+                    idx_in_expert=idx_in_expert.data_ptr(),
+                    keep_choices=table.data_ptr() + WORD_BYTES * table_layout(num_ranks, num_experts)["keep_choices"],
+                    num_choices=topk_idx.numel(),
+                    num_experts=num_experts,
+                    stream=stream,
+                )
+        keep = (temp, in_rank, workspace, host_counts)
+        return Counts(topk_idx, idx_in_expert, idx_in_rank, token_ranks, table, host_counts, ticket, None, keep)
+
+    def _capacity(self, spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:
+        """Rows of this rank's output and rows of every group; 0 where not limited or fixed."""
+        if spec.layout == "slab":
+            return 0, spec.num_ranks * (spec.max_tokens_per_rank or 0)
+        if spec.capacity is None:
+            return 0, 0
+        if spec.capacity.rows is not None:
+            return spec.capacity.rows, 0
+        return 0, spec.capacity.per_expert or rows_of_factor(spec.capacity.factor or 0.0, spec, max_tokens)
+
+    def static_rows(self, spec: ExchangeSpec, max_tokens: int) -> int:
+        """Layout rows of this rank with a capacity, or of slabs."""
+        rows, per_expert = self._capacity(spec, max_tokens)
+        return rows or per_expert * spec.num_local_experts
+
+    def dispatch(
+        self,
+        x: Tensor,
+        scales: Tensor | None,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        spec: ExchangeSpec,
+        header: list[int],
+        owner: int,
+        *,
+        max_tokens: int,
+        totals: Tensor | None = None,
+        planned: Counts | None = None,
+        num_sms: int | None = None,
+        with_source: bool = False,
+    ) -> CudaJob[Dispatch]:
+        """Launch a dispatch. Arguments are valid; ids are physical.
+
+        Args:
+            x: [T, H] rows.
+            scales: [T, H / 128] words of fp8 rows, or None.
+            topk_idx: int64 [T, K], -1 = no choice.
+            topk_weights: [T, K] fp32 or fp64, or None.
+            spec: the settings.
+            header: compared on all ranks.
+            owner: id stored in the plan.
+            max_tokens: largest T of any rank where outputs have a fixed size, else 0.
+            totals: int64 [e], running count of received choices.
+            planned: counts that were exchanged before.
+            num_sms: None for the default.
+            with_source: whether the result tells each received row's token.
+        """
+        current = self.link.begin()
+        x, cast = aligned(x), 0
+        row_bytes, scale_words = x.shape[1] * x.itemsize, 0 if scales is None else scales.shape[1]
+        if spec.wire_dtype is not None and scales is None:
+            cast, row_bytes, scale_words = _CASTS[x.dtype], x.shape[1], x.shape[1] // FP8_GROUP
+        topk_idx = topk_idx.contiguous()
+        weight_words = 0 if topk_weights is None else topk_weights.itemsize // WORD_BYTES
+        meta_words = (2 + weight_words) * spec.top_k + scale_words
+        if planned is None:
+            counts = self.count(topk_idx, spec, header, max_tokens, totals)
+        else:
+            counts = planned
+            self.link.channel.open(header, self.link.stream.cuda_stream)
+        self._serial += 1
+        arguments = self._extension.DispatchArguments(
+            row_bytes=row_bytes,
+            meta_words=meta_words,
+            top_k=spec.top_k,
+            num_experts=spec.num_experts,
+            table=counts.table.data_ptr(),
+            token_ranks=counts.token_ranks.data_ptr(),
+            idx_in_rank=counts.idx_in_rank.data_ptr(),
+            num_tokens=x.shape[0],
+            with_plan=True,
+            layout=LAYOUT_CODES[spec.layout],
+            cast=cast,
+            x=x.data_ptr(),
+            topk_idx=counts.topk_idx.data_ptr(),
+            index_bytes=counts.topk_idx.itemsize,
+            weight_words=weight_words,
+            scale_words=scale_words,
+            idx_in_expert=counts.idx_in_expert.data_ptr(),
+            topk_weights=pointer(topk_weights),
+            scales=pointer(scales),
+            scale_stride=0 if scales is None else scales.stride(0),
+            scale_word_stride=0 if scales is None else scales.stride(1),
+        )
+        out = Outputs(
+            self.control.incarnation, spec, x, scales, topk_weights, counts, owner, self._serial, arguments, with_source
+        )
+        senders, placers = self._split(spec.layout, num_sms)
+        bulk, keep = self.bulk and cast == 0, (x, scales, topk_idx, topk_weights, counts, out)
+        if max_tokens or counts.sizes is not None:
+            sizes = counts.sizes or (self.static_rows(spec, max_tokens), self.control.size * max_tokens, max_tokens)
+            # Memory of the outputs may be in use by what the current stream did before.
+            result = out.allocate(*sizes)
+            self.link.stream.wait_stream(current)
+            self.link.channel.dispatch(
+                arguments, num_senders=senders, num_placers=placers, bulk=bulk, stream=self.link.stream.cuda_stream
+            )
+            flight = self.link.end(current, (*keep, result))
+
+            def land() -> Dispatch:
+                self.link.land(flight)
+                return result
+
+            return CudaJob(land)
+        opened = torch.cuda.Event()
+        opened.record(self.link.stream)
+        self.link.channel.dispatch(
+            arguments, num_senders=senders, num_placers=0, bulk=bulk, stream=self.link.stream.cuda_stream
+        )
+        flight = self.link.end(current, keep)
+
+        def place() -> Dispatch:
+            sizes = self.link.wait_sizes(counts.ticket)
+            self.max_tokens = max(self.max_tokens, sizes[2])
+            here = torch.cuda.current_stream(self.link.device)
+            result = out.allocate(*sizes)
+            stream = self.link.place_stream
+            stream.wait_event(opened)
+            stream.wait_stream(here)
+            self.link.channel.dispatch(
+                arguments, num_senders=0, num_placers=placers, bulk=bulk, stream=stream.cuda_stream
+            )
+            # Later exchanges come after this one's rows are placed.
+            self.link.stream.wait_stream(stream)
+            landing = self.link.end(here, (*keep, result))
+            self.link.land(landing)
+            self.link.land(flight)
+            return result
+
+        return CudaJob(place)
+
+    def replay(
+        self,
+        x: Tensor,
+        plan: CudaPlan,
+        header: list[int],
+        scales: Tensor | None = None,
+        num_sms: int | None = None,
+    ) -> CudaJob[tuple[Tensor, Tensor | None]]:
+        """Launch a dispatch of other rows [T, H] along a plan: layout rows, and their scales."""
+        current = self.link.begin()
+        x = aligned(x)
+        scale_words = 0 if scales is None else scales.shape[1]
+        rows = x.new_empty(plan.num_rows, x.shape[1])
+        out_scales = None if scales is None else scales.new_empty(plan.num_rows, scale_words)
+        # Memory of the outputs may be in use by what the current stream did before.
+        self.link.stream.wait_stream(current)
+        self.link.channel.open(header, self.link.stream.cuda_stream)
+        arguments = self._extension.DispatchArguments(
+            row_bytes=x.shape[1] * x.itemsize,
+            meta_words=scale_words,
+            top_k=plan.top_k,
+            num_experts=plan.num_experts,
+            table=plan.table.data_ptr(),
+            token_ranks=plan.token_ranks.data_ptr(),
+            idx_in_rank=plan.idx_in_rank.data_ptr(),
+            num_tokens=plan.num_tokens,
+            with_plan=False,
+            layout=plan.layout,
+            x=x.data_ptr(),
+            scale_words=scale_words,
+            scales=pointer(scales),
+            scale_stride=0 if scales is None else scales.stride(0),
+            scale_word_stride=0 if scales is None else scales.stride(1),
+        )
+        arguments.set_output(
+            max_chunks=plan.max_chunks,
+            groups=plan.groups.data_ptr(),
+            positions=plan.positions.data_ptr(),
+            out=rows.data_ptr(),
+            num_rows=plan.num_rows,
+            out_scales=pointer(out_scales),
+            zero_padding=plan.zero_padding,
+        )
+        senders, placers = self._split("compact" if plan.is_compact else "expanded", num_sms)
+        self.link.channel.dispatch(
+            arguments, num_senders=senders, num_placers=placers, bulk=self.bulk, stream=self.link.stream.cuda_stream
+        )
+        flight = self.link.end(current, (x, scales, rows, out_scales, plan))
+
+        def land() -> tuple[Tensor, Tensor | None]:
+            self.link.land(flight)
+            return rows, out_scales
+
+        return CudaJob(land)
+
+    # Combine
+
+    def combine(
+        self,
+        y: Tensor,
+        row_weights: Tensor | None,
+        plan: CudaPlan,
+        header: list[int],
+        bias: tuple[Tensor, ...] = (),
+        values: Tensor | None = None,
+        only_own_values: bool = False,
+        num_sms: int | None = None,
+    ) -> CudaJob[tuple[Tensor, Tensor | None]]:
+        """Launch the way home of layout rows: each token's sum, and of values that travel beside them.
+
+        Args:
+            y: [num_rows, H] layout rows; only valid ones are read.
+            row_weights: [num_rows] fp32 (fp64 for fp64 rows) factors, or None.
+            plan: of the dispatch.
+            header: compared on all ranks.
+            bias: up to two [T, H] tensors added before rounding.
+            values: [num_rows], or [N, K] for compact rows, fp32 or fp64; each token's are summed over ranks.
+            only_own_values: whether values of compact rows count for this rank's choices alone.
+            num_sms: None for the default.
+
+        Returns:
+            [T, H] in y's dtype, and [T, K] values or None.
+        """
+        current = self.link.begin()
+        y, bias = aligned(y), tuple(aligned(term) for term in bias)
+        out = y.new_empty(plan.num_tokens, y.shape[1])
+        out_values, value_words, top_k = None, 0, plan.top_k
+        if values is not None:
+            values = values.contiguous()
+            top_k = values.shape[1] if plan.is_compact else plan.top_k
+            out_values = values.new_empty(plan.num_tokens, top_k)
+            value_words = values.itemsize // WORD_BYTES
+        # Memory of the outputs may be in use by what the current stream did before.
+        self.link.stream.wait_stream(current)
+        self.link.channel.open(header, self.link.stream.cuda_stream)
+        senders, reducers = self._split("combine", num_sms)
+        self.link.channel.combine(
+            row_bytes=y.shape[1] * y.itemsize,
+            meta_words=top_k * value_words,
+            top_k=top_k,
+            num_experts=plan.num_experts,
+            max_chunks=plan.max_chunks,
+            table=plan.table.data_ptr(),
+            groups=plan.groups.data_ptr(),
+            positions=plan.positions.data_ptr(),
+            token_ranks=plan.token_ranks.data_ptr(),
+            num_tokens=plan.num_tokens,
+            num_senders=senders,
+            num_reducers=reducers,
+            layout=plan.layout,
+            element=_ELEMENTS[y.dtype],
+            hidden=y.shape[1],
+            y=y.data_ptr(),
+            row_weights=pointer(row_weights),
+            weight_words=0 if row_weights is None else row_weights.itemsize // WORD_BYTES,
+            values=pointer(values),
+            value_words=value_words,
+            only_own_values=only_own_values,
+            out=out.data_ptr(),
+            bias_0=pointer(bias[0]) if bias else 0,
+            bias_1=pointer(bias[1]) if len(bias) > 1 else 0,
+            out_values=pointer(out_values),
+            stream=self.link.stream.cuda_stream,
+        )
+        flight = self.link.end(current, (y, row_weights, plan, bias, values, out, out_values))
+
+        def land() -> tuple[Tensor, Tensor | None]:
+            self.link.land(flight)
+            return out, out_values
+
+        return CudaJob(land)
+
+
+def _int32(device: torch.device, *sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=torch.int32, device=device)

@@ -1,0 +1,323 @@
+"""One rank's connection to its peers' GPUs: the shared arenas, the communication streams, and what goes wrong there."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Generic, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from moe_ep.backends.control import KINDS, Call, ControlPlane
+from moe_ep.backends.cuda import load_extension
+from moe_ep.backends.sharing import gather_capability, host_id, local_capability, share
+from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError
+
+_LOGGER = logging.getLogger("moe_ep")
+_MAGIC = 0x6D6F6531
+_PHASES = (
+    "to open exchange {expected}",
+    "for rows of exchange {epoch}, group stamp {expected:#x}",
+    "for room in its ring in exchange {epoch}, group stamp {expected:#x}",
+)
+_TIMEOUT, _ABORTED, _MISMATCH, _TOO_MANY_TOKENS = 1, 2, 3, 4
+# Payload of all sources together that is reserved unless the caller grants a size; more travels in laps of the rings.
+_DEFAULT_PAYLOAD_BYTES = 512 << 20
+_LEAST_GROUPS = 8
+_ALIGNMENT = 128
+_WARN_SECONDS = 30.0
+_POLL_SECONDS = 0.05
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(eq=False)
+class Flight:
+    """Work on the communication streams, and what must outlive it.
+
+    Attributes:
+        event: its end.
+        stream: the stream that its tensors were allocated on.
+        keep: inputs, outputs and temporaries.
+        captured: whether it belongs to a graph, so that its event says nothing to the host.
+    """
+
+    event: torch.cuda.Event
+    stream: torch.cuda.Stream
+    keep: tuple[Any, ...]
+    captured: bool
+
+
+class CudaJob(Generic[Result]):
+    """An exchange that was launched; the same face as ``events.Job``."""
+
+    def __init__(self, finish: Callable[[], Result]) -> None:
+        self._finish: Callable[[], Result] | None = finish
+        self._value: Result | None = None
+
+    def result(self) -> Result:
+        """Make the current stream wait for the exchange; in exact mode the host first waits for its sizes."""
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            self._value = finish()
+        return self._value  # type: ignore[return-value]
+
+    def done(self) -> bool:
+        """Whether ``result`` has been asked for."""
+        return self._finish is None
+
+
+class CudaLink:
+    """Arena, channel and streams of one rank. Constructing one is collective.
+
+    Args:
+        control: of the Buffer.
+        granted_bytes: memory for all rings; 0 reserves what the first exchange needs.
+
+    Raises:
+        NotBuiltError: on all ranks, when they cannot share memory.
+    """
+
+    def __init__(self, control: ControlPlane, granted_bytes: int) -> None:
+        self.control = control
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.granted_bytes = granted_bytes
+        self._extension = load_extension()
+        arena = self._extension.Arena
+        self.way, capabilities = gather_capability(
+            lambda: local_capability(arena, self.device.index, host_id()), control.rank, self.gather_bytes
+        )
+        self.compute_capability = min(tuple(one["compute_capability"]) for one in capabilities)
+        self.num_sms = min(int(one["sms"]) for one in capabilities)
+        self.arena: Any = None
+        self.channel: Any = None
+        self.payload_bytes = 0
+        self.stream = torch.cuda.Stream(self.device, priority=-1)
+        self.place_stream = torch.cuda.Stream(self.device, priority=-1)
+        self._flights: list[Flight] = []
+        self._overflows = 0
+        self._broken: MoeEpError | None = None
+        self._calls = 0
+
+    # Memory
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Bytes of any length from every rank, in rank order. Collective."""
+        length = torch.tensor([len(data)], device="cpu")
+        lengths = self.control.open(Call.of("settings", "length of shared bytes"), length)[:, 0].tolist()
+        words = torch.zeros(max(lengths), dtype=torch.int64, device="cpu")
+        words[: len(data)] = torch.tensor(list(data), dtype=torch.int64, device="cpu")
+        table = self.control.open(Call.of("settings", f"{max(lengths)} shared bytes"), words)
+        return [bytes(row[:length].tolist()) for row, length in zip(table, lengths, strict=True)]
+
+    def group_bytes(self, row_bytes: int, meta_words: int) -> int:
+        """Bytes of one group of rows in a ring."""
+        return int(self._extension.group_layout(row_bytes=row_bytes, meta_words=meta_words)["num_bytes"])
+
+    def payload_for(self, max_tokens: int, row_bytes: int, meta_words: int) -> int:
+        """Bytes of each source's ring for exchanges of these sizes; the same on all ranks."""
+        group, num_ranks = self.group_bytes(row_bytes, meta_words), self.control.size
+        if num_ranks == 1:
+            return 0
+        if self.granted_bytes:
+            return self.granted_bytes // num_ranks // _ALIGNMENT * _ALIGNMENT
+        groups = max(-(-max_tokens // self._extension.CHUNK_TOKENS), _LEAST_GROUPS)
+        return min(group * groups, max(_DEFAULT_PAYLOAD_BYTES // num_ranks, group * _LEAST_GROUPS))
+
+    def fits(self, row_bytes: int, meta_words: int) -> bool:
+        """Whether the rings hold the least that an exchange of such rows needs."""
+        if self.control.size == 1 or self.granted_bytes:
+            return self.channel is not None
+        return self.channel is not None and self.payload_bytes >= _LEAST_GROUPS * self.group_bytes(
+            row_bytes, meta_words
+        )
+
+    def reserve(self, max_tokens: int, row_bytes: int, meta_words: int) -> None:
+        """Make rings large enough. Collective; all ranks pass the same sizes. Waits for the device."""
+        payload = self.payload_for(max_tokens, row_bytes, meta_words)
+        if self.channel is not None and payload <= self.payload_bytes:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise MoeEpError(
+                "the arena has to grow during a capture: run the same exchange once before, or call "
+                "reserve(max_tokens_per_rank, row_bytes)"
+            )
+        torch.cuda.synchronize(self.device)
+        if self.arena is not None:
+            # Peers may still store into it: all ranks have finished what came before.
+            self.control.open(Call("reserve"))
+            self.arena.close()
+        epoch = 0 if self.channel is None else self.channel.epoch()
+        size = self._extension.arena_bytes(num_ranks=self.control.size, payload_bytes=payload)
+        self.arena = self._extension.Arena(num_bytes=size, device=self.device.index, way=self.way)
+        addresses = share(
+            self.arena, self.control.rank, self.control.size, self.gather_bytes, timeout_s=self.control.timeout_s
+        )
+        self.channel = self._extension.Channel(
+            arenas=addresses,
+            rank=self.control.rank,
+            payload_bytes=payload,
+            device=self.device.index,
+            timeout_s=self.control.timeout_s,
+        )
+        if epoch:
+            self.channel.reset(epoch)
+        self._overflows = 0
+        self.payload_bytes = payload
+        _LOGGER.info("moe_ep: arena of %d bytes per rank, shared by %s", size, self.way)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the arena."""
+        return 0 if self.arena is None else int(self.arena.num_bytes)
+
+    def synchronize(self) -> None:
+        """Wait for every exchange that was launched."""
+        self.stream.synchronize()
+        self.place_stream.synchronize()
+
+    def close(self) -> None:
+        """Release the memory, without waiting for peers."""
+        self._flights.clear()
+        if self.arena is not None:
+            self.arena.close()
+        self.arena = self.channel = None
+
+    def reset(self) -> None:
+        """Go on after a failure. Collective, after the control plane's own reset."""
+        if self.channel is not None:
+            epochs = self.control.open(Call("reserve"), torch.tensor([self.channel.epoch()], device="cpu"))
+            self.channel.reset(int(epochs.max()) + 1)
+            # Nobody opens an exchange before all ranks have left the failed one.
+            self.control.open(Call("reserve"))
+        self._broken = None
+        self._overflows = 0 if self.channel is None else int(self.channel.overflow()[0])
+        self._flights.clear()
+
+    # Exchanges
+
+    def begin(self) -> torch.cuda.Stream:
+        """Order the communication stream after the current one, which is returned."""
+        current = torch.cuda.current_stream(self.device)
+        if not torch.cuda.is_current_stream_capturing():
+            self._flights = [one for one in self._flights if one.captured or not one.event.query()]
+        self.stream.wait_stream(current)
+        return current
+
+    def end(self, current: torch.cuda.Stream, keep: tuple[Any, ...]) -> Flight:
+        """Mark the end of what was launched since :meth:`begin`, and keep its tensors until then."""
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        flight = Flight(event, current, keep, torch.cuda.is_current_stream_capturing())
+        self._flights.append(flight)
+        return flight
+
+    def land(self, flight: Flight) -> None:
+        """Make the current stream wait for a flight; its tensors may go where they were allocated on this stream."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(flight.event)
+        if current == flight.stream and flight in self._flights:
+            self._flights.remove(flight)
+
+    def header(self, call: Call, error: Exception | None = None) -> list[int]:
+        """Words that all ranks compare on the GPU before an exchange."""
+        self._calls += 1
+        if error is not None:
+            self.control.leave_note("reason", self._calls, f"{type(error).__name__}: {error}")
+        kind = KINDS.index(call.kind)
+        return [_MAGIC, kind, call.digest, int(error is not None), call.serial & 0x7FFFFFFF, self._calls, 0, 0]
+
+    def refuse(self, call: Call, error: Exception) -> NoReturn:
+        """Tell the peers that this rank raises instead of taking part, and raise."""
+        if self.channel is not None and self.control.size > 1:
+            self.begin()
+            self.channel.open(self.header(call, error), self.stream.cuda_stream)
+            self._broken = MoeEpError(f"{type(error).__name__}: {error}")
+        raise error
+
+    def wait_sizes(self, ticket: int) -> tuple[int, int, int]:
+        """Layout rows, received rows and the largest T of a dispatch; the host waits."""
+        start, warned = time.monotonic(), False
+        while True:
+            sizes = self.channel.wait_sizes(ticket, _POLL_SECONDS)
+            if sizes is not None:
+                return sizes
+            self.check()
+            elapsed = time.monotonic() - start
+            if elapsed > _WARN_SECONDS and not warned:
+                warned = True
+                _LOGGER.warning(
+                    "moe_ep: rank %d has waited %.0f s for peers to open an exchange", self.control.rank, elapsed
+                )
+            if elapsed > self.control.timeout_s + _WARN_SECONDS:
+                self._fail(PeerTimeoutError(f"rank {self.control.rank}: the GPU did not begin an exchange in time"))
+
+    # Trouble
+
+    def new_overflow(self) -> tuple[int, int, int] | None:
+        """(rank, needed, given) of a capacity that did not hold since the last call. Waits for nothing."""
+        if self.channel is None:
+            return None
+        times, rank, needed, given = self.channel.overflow()
+        if times == self._overflows:
+            return None
+        self._overflows = times
+        return rank, needed, given
+
+    def check(self) -> None:
+        """Raise what went wrong in an exchange before. Waits for nothing."""
+        if self._broken is not None:
+            raise MoeEpError(f"this Buffer cannot be used after: {self._broken}; call reset() on all ranks first")
+        trouble = None if self.channel is None else self.channel.trouble()
+        if trouble is not None:
+            self._fail(self._error_of(trouble))
+
+    def _fail(self, error: MoeEpError) -> NoReturn:
+        self._broken = error
+        raise error
+
+    def _error_of(self, trouble: dict[str, Any]) -> MoeEpError:
+        rank, peer = self.control.rank, int(trouble["peer"])
+        if trouble["kind"] == _ABORTED:
+            reason = self.control.read_note("reason", int(trouble["theirs"][5]), peer) or "unknown"
+            kind = KINDS[int(trouble["mine"][1])]
+            text = f"rank {peer} raised instead of taking part in {kind}: {reason}"
+            return PeerAbortedError(text, rank=peer, reason=reason)
+        if trouble["kind"] == _MISMATCH:
+            return ExchangeMismatchError(
+                f"ranks announce different exchanges: rank {rank}: {_describe(trouble['mine'])}; rank {peer}: "
+                f"{_describe(trouble['theirs'])}; every rank must use the same settings and issue the same exchanges "
+                "in the same order"
+            )
+        if trouble["kind"] == _TOO_MANY_TOKENS:
+            return MoeEpError(
+                f"rank {peer} sends {trouble['seen']} tokens, {trouble['expected']} fit: pass max_tokens_per_rank, the "
+                "largest number of tokens that any rank will send"
+            )
+        expected, seen = int(trouble["expected"]), int(trouble["seen"])
+        what = _PHASES[int(trouble["phase"])].format(expected=expected, epoch=expected >> 24)
+        return PeerTimeoutError(
+            f"rank {rank} waited {self.control.timeout_s:g} s for rank {peer} {what}; seen {seen:#x}: rank {peer} is "
+            "late, dead, or issued other exchanges; call reset() on all ranks that live, or restart",
+            ranks=(peer,),
+        )
+
+
+def _describe(header: list[int]) -> str:
+    kind = KINDS[header[1]] if 0 <= header[1] < len(KINDS) else "?"
+    replay = f" of plan {header[4]}" if header[4] else ""
+    return f"{kind}{replay} with settings {header[2]:#x}"
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Device address of a tensor, 0 for None or an empty one."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and starting at a multiple of 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -1,0 +1,291 @@
+"""One dispatcher's exchanges on the CUDA backend: nothing here waits for the host but a dispatch without a capacity.
+
+Headers are compared by the kernels that open an exchange; what goes wrong there reaches the host through pinned memory
+and is raised at the next call or wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from moe_ep.backends.control import Call
+from moe_ep.backends.cuda_exchange import Counts, CudaBackend
+from moe_ep.backends.cuda_link import CudaJob, CudaLink
+from moe_ep.backends.types import Dispatch
+from moe_ep.buffer import Buffer
+from moe_ep.config import FP8_GROUP, ExchangeSpec
+from moe_ep.errors import CapacityError
+from moe_ep.exchange import Exchanger
+from moe_ep.handle import CudaPlan
+from moe_ep.hooks import Hooks
+from moe_ep.validate import check_chunk, check_layout_rows, check_routing, check_row_weights, check_rows
+
+
+class CudaExchanger(Exchanger):
+    """Carries out the exchanges of one ``TokenDispatcher`` on GPUs; arguments as in the base.
+
+    Args:
+        num_sms: SMs of each exchange; None takes the default.
+    """
+
+    backend: CudaBackend
+    link: CudaLink
+    num_sms: int | None
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        spec: ExchangeSpec,
+        expert_map: Tensor | None,
+        validate: bool,
+        number: int | None = None,
+        hooks: Hooks | None = None,
+        num_sms: int | None = None,
+    ) -> None:
+        super().__init__(buffer, spec, expert_map, validate, number, hooks)
+        assert isinstance(buffer.backend, CudaBackend)
+        self.backend = buffer.backend
+        self.link = self.backend.link
+        self.num_sms = num_sms
+        self._listed: Tensor | None = None
+        with torch.inference_mode(False):
+            self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64, device=self.link.device)
+
+    # Trouble
+
+    def raise_overflow(self) -> None:
+        """Raise, once, the CapacityError of an exchange that is known to have overflowed."""
+        overflow = self.link.new_overflow()
+        if overflow is not None:
+            rank, needed, given = overflow
+            raise CapacityError(
+                f"routing needed {needed} rows on rank {rank}, its capacity gives {given}: "
+                'raise the capacity, balance the router, or use on_overflow="drop"; outputs since then are NaN',
+                rank=rank,
+                needed=needed,
+                given=given,
+            )
+
+    def _begin(self) -> None:
+        self.buffer.check_alive()
+        self.raise_overflow()
+        self.link.check()
+        self.num_exchanges += 1
+
+    def refuse(self, kind: str, error: Exception) -> NoReturn:
+        """Raise an error that no operator would carry to the peers, after telling them."""
+        self._refuse(self._call(kind, self.spec, 0), error, self.spec)
+
+    def _refuse(self, call: Call, error: Exception, spec: ExchangeSpec) -> NoReturn:
+        self._begin()
+        if not self.link.fits(*self._record(spec)):
+            # Peers are about to reserve memory, over the control plane.
+            self.link.control.open(Call("reserve"), error=error)
+        self.link.refuse(call, error)
+
+    def _record(self, spec: ExchangeSpec) -> tuple[int, int]:
+        """Bytes of the longest row and words of the longest metadata, whatever an exchange really carries."""
+        weight_words = 2 if spec.dtype == torch.float64 else 1
+        meta_words = (2 + weight_words) * spec.top_k + -(-spec.hidden_size // FP8_GROUP)
+        return spec.hidden_size * spec.dtype.itemsize, meta_words
+
+    # Exchanges
+
+    def plan(self, chunks: list[Tensor]) -> list[Any]:
+        """Exchange the counts of several sets of tokens; the host waits once, and not at all with a capacity."""
+        spec = self.spec
+        call = self._call("plan", spec, 0, len(chunks) if isinstance(chunks, list | tuple) else 0)
+        try:
+            if not isinstance(chunks, list | tuple) or not chunks:
+                raise ValueError(f"chunks is {type(chunks).__name__}; pass a list of at least one topk_idx")
+            for topk_idx in chunks:
+                check_chunk(topk_idx, spec, self._num_ids(), self.validate)
+                self._check_device("topk_idx", topk_idx)
+        # Whatever it is: peers wait for this rank.
+        except Exception as error:
+            self._refuse(call, error, spec)
+        self._begin()
+        ids = [self._physical(topk_idx).contiguous() for topk_idx in chunks]
+        most = max(topk_idx.shape[0] for topk_idx in ids)
+        max_tokens = self._prepare(most, spec)
+        current = self.link.begin()
+        counted = [
+            self.backend.count(topk_idx, spec, self.link.header(call), max_tokens, self.choices_received)
+            for topk_idx in ids
+        ]
+        self.link.land(self.link.end(current, (counted,)))
+        for counts in counted:
+            if counts.ticket:
+                counts.sizes = self.link.wait_sizes(counts.ticket)
+                self.backend.max_tokens = max(self.backend.max_tokens, counts.sizes[2])
+        return counted
+
+    def dispatch(  # type: ignore[override]
+        self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, planned: Counts | None
+    ) -> CudaJob[Dispatch]:
+        """Rows to the ranks of their experts."""
+        spec = self._spec_for(x)
+        call = self._call("dispatch", spec, 0, int(planned is None), isinstance(x, tuple))
+        try:
+            rows, scales = check_rows("x", x, spec)
+            if topk_weights is None:
+                raise ValueError("topk_weights are missing: pass the router's [T, K] weights, or ones")
+            check_routing(rows, topk_idx, topk_weights, spec, self._num_ids(), self.validate)
+            self._check_device("x", rows)
+            if planned is not None and not isinstance(planned, Counts):
+                raise ValueError(f"planned is {type(planned).__name__}; pass one entry of what plan() returned")
+            if planned is not None and planned.topk_idx.shape != topk_idx.shape:
+                raise ValueError(
+                    f"planned counts are of {planned.topk_idx.shape[0]} tokens but x has {topk_idx.shape[0]}: "
+                    "pass what plan() returned for this topk_idx"
+                )
+            self._check_tokens(rows.shape[0], spec)
+        # Whatever it is: peers wait for this rank.
+        except Exception as error:
+            self._refuse(call, error, spec)
+        self._begin()
+        max_tokens = self._prepare(rows.shape[0], spec)
+        job = self.backend.dispatch(
+            rows,
+            scales,
+            self._physical(topk_idx),
+            topk_weights.contiguous(),
+            spec,
+            self.link.header(call),
+            self.id,
+            max_tokens=max_tokens,
+            totals=self.choices_received,
+            planned=planned,
+            num_sms=self.num_sms,
+        )
+
+        def landed() -> Dispatch:
+            result = job.result()
+            self._listed = result.groups.counts
+            return result
+
+        return self._checked(landed)
+
+    def combine(  # type: ignore[override]
+        self, y: Tensor, row_weights: Tensor | None, plan: CudaPlan
+    ) -> CudaJob[Tensor]:
+        """[T, H]: each token's weighted sum."""
+        spec = self._spec_for(y)
+        call = self._replay_call("combine", plan, spec)
+        try:
+            check_layout_rows("y", y, plan, spec)
+            check_row_weights(row_weights, plan, spec)
+        # Whatever it is: peers wait for this rank.
+        except Exception as error:
+            self._refuse(call, error, spec)
+        self._begin()
+        weights = None if row_weights is None else row_weights.reshape(-1).contiguous()
+        job = self.backend.combine(
+            y.reshape(-1, spec.hidden_size), weights, plan, self.link.header(call), num_sms=self.num_sms
+        )
+        return self._checked(lambda: job.result()[0])
+
+    def replay(self, x: Tensor, plan: CudaPlan) -> CudaJob[Tensor]:  # type: ignore[override]
+        """Layout rows of other rows [T, H] along a plan: the reversed combine."""
+        spec = self._spec_for(x)
+        call = self._replay_call("replayed dispatch", plan, spec)
+        try:
+            check_rows("x", x, spec, plan.num_tokens)
+        # Whatever it is: peers wait for this rank.
+        except Exception as error:
+            self._refuse(call, error, spec)
+        self._begin()
+        job = self.backend.replay(x, plan, self.link.header(call), num_sms=self.num_sms)
+        return self._checked(lambda: self._shape(job.result()[0]))
+
+    def combine_grads(  # type: ignore[override]
+        self, grads: Tensor, weight_grads: Tensor, plan: CudaPlan
+    ) -> CudaJob[tuple[Tensor, Tensor]]:
+        """Gradients of x [T, H] and of topk_weights [T, K]: the reversed dispatch."""
+        spec = self._spec_for(grads)
+        call = self._replay_call("combine of gradients", plan, spec)
+        self._begin()
+        values = weight_grads if spec.layout == "compact" else weight_grads.reshape(-1)
+        job = self.backend.combine(
+            grads.reshape(-1, spec.hidden_size),
+            None,
+            plan,
+            self.link.header(call),
+            values=values,
+            only_own_values=True,
+            num_sms=self.num_sms,
+        )
+
+        def landed() -> tuple[Tensor, Tensor]:
+            dx, dweights = job.result()
+            assert dweights is not None
+            return dx, dweights
+
+        return self._checked(landed)
+
+    def host_counts(self, tokens_per_expert: Tensor) -> list[int]:
+        """Choices that the last dispatch received for each local expert; without a wait for the device."""
+        return tokens_per_expert.tolist() if self._listed is None else self._listed.tolist()
+
+    def _checked(self, finish: Callable[[], Any]) -> CudaJob:
+        """A job that raises what is known to have gone wrong when it is waited for."""
+
+        def land() -> Any:  # noqa: ANN401
+            result = finish()
+            self.link.check()
+            return result
+
+        return CudaJob(land)
+
+    def _replay_call(self, kind: str, plan: CudaPlan, spec: ExchangeSpec) -> Call:
+        call = self._call(kind, spec, plan.serial)
+        error = self._refusal_of(plan)  # type: ignore[arg-type]
+        if error is not None:
+            self._refuse(call, error, spec)
+        return call
+
+    def _prepare(self, num_tokens: int, spec: ExchangeSpec) -> int:
+        """Reserve memory where it is missing; returns the T that fixed sizes are meant for, 0 without a capacity."""
+        self.backend.ensure(num_tokens, *self._record(spec))
+        if spec.layout != "slab" and spec.capacity is None:
+            return 0
+        if spec.max_tokens_per_rank is not None:
+            return spec.max_tokens_per_rank
+        if self._first_tokens is None:
+            self._first_tokens = self.backend.agree_tokens(num_tokens)
+        return max(self._first_tokens, 1)
+
+    def _check_tokens(self, num_tokens: int, spec: ExchangeSpec) -> None:
+        """Sizes are fixed with a capacity: by the constructor, or by the largest T of the first exchange."""
+        most = self._first_tokens
+        if spec.capacity is not None and spec.max_tokens_per_rank is None and most is not None and num_tokens > most:
+            raise ValueError(
+                f"x has {num_tokens} tokens, but the capacity was sized for {most} at the first exchange: pass "
+                "max_tokens_per_rank, the largest number of tokens that any rank will send"
+            )
+
+    def _check_device(self, name: str, tensor: Tensor) -> None:
+        if tensor.device != self.link.device:
+            raise ValueError(
+                f'{name} is on {tensor.device}; this Buffer exchanges on {self.link.device} (backend="cuda"): '
+                'move it there, or use backend="torch"'
+            )
+
+
+def make_exchanger(
+    buffer: Buffer,
+    spec: ExchangeSpec,
+    expert_map: Tensor | None,
+    validate: bool,
+    number: int | None = None,
+    hooks: Hooks | None = None,
+    num_sms: int | None = None,
+) -> Exchanger:
+    """The exchanger for a Buffer's backend; arguments as in :class:`CudaExchanger`."""
+    if isinstance(buffer.backend, CudaBackend):
+        return CudaExchanger(buffer, spec, expert_map, validate, number, hooks, num_sms)
+    return Exchanger(buffer, spec, expert_map, validate, number, hooks)
