@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import moe_ep
+from moe_ep.errors import StaleHandleError
 from moe_ep.integrations import deep_ep as ours
 from moe_ep.testing import RankContext, make_routing
 
@@ -30,13 +31,15 @@ def test_names(installed: types.ModuleType) -> None:
     from deep_ep.utils import EventHandle, EventOverlap
 
     assert deep_ep is installed is ours
-    assert (Buffer, Config) == (moe_ep.Buffer, moe_ep.Config)
+    assert (Buffer, Config) == (ours.Buffer, moe_ep.Config)
+    assert issubclass(Buffer, moe_ep.Buffer)
     assert (EventHandle, EventOverlap) == (moe_ep.EventHandle, moe_ep.EventOverlap)
     assert (deep_ep.EventHandle, deep_ep.EventOverlap) == (EventHandle, EventOverlap)
     assert deep_ep.utils is ours.utils
+    assert importlib.import_module("deep_ep.buffer").Buffer is Buffer
     assert deep_ep.topk_idx_t is torch.int64
     with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("deep_ep.buffer")
+        importlib.import_module("deep_ep.legacy")
 
 
 def test_installing_twice_and_taking_it_back() -> None:
@@ -130,3 +133,22 @@ def exchange_by_name(ctx: RankContext) -> None:
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_exchanges_under_that_name(ranks: Ranks, num_ranks: int) -> None:
     ranks(num_ranks, exchange_by_name)
+
+
+def replay_through_another(ctx: RankContext) -> None:
+    """A framework makes a larger Buffer while a handle of the smaller one waits."""
+    x = torch.arange(3 * 8, dtype=torch.float32).view(3, 8) + ctx.rank
+    topk_idx = torch.tensor([[0], [1], [-1]])
+    first, second = ours.Buffer(ctx.group), ours.Buffer(ctx.group)
+    per_rank, _, per_expert, in_rank, _ = first.get_dispatch_layout(topk_idx, 2)
+    layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+    rows, *_, handle, _ = first.dispatch(x, **layout, topk_idx=topk_idx)
+    del first
+    assert torch.equal(second.combine(rows, handle)[0], x * in_rank.sum(1, keepdim=True))
+    elsewhere = ours.Buffer(ctx.new_group())
+    with pytest.raises(StaleHandleError, match="another Buffer"):
+        elsewhere.combine(rows, handle)
+
+
+def test_handles_outlive_their_buffer(ranks: Ranks) -> None:
+    ranks(2, replay_through_another)

@@ -5,7 +5,8 @@
     from moe_ep.integrations import deep_ep
     deep_ep.install()       # before the framework is imported
 
-What the classes do is said where they are defined: ``moe_ep.Buffer``, ``Config``, ``EventOverlap``, ``EventHandle``.
+What the classes do is said where they are defined: ``moe_ep.Buffer``, whose handles live longer here, ``Config``,
+``EventOverlap``, ``EventHandle``.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from types import ModuleType
 
 import torch
 
-from moe_ep.buffer import Buffer
 from moe_ep.config import Config
 from moe_ep.events import EventHandle, EventOverlap
-from moe_ep.integrations.deep_ep import utils
+from moe_ep.integrations.deep_ep import buffer, utils
+from moe_ep.integrations.deep_ep.buffer import Buffer
 
 __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "install", "topk_idx_t", "uninstall", "utils"]
 
@@ -60,15 +61,19 @@ def install(*, replace: bool = False) -> ModuleType:
             raise ImportError(
                 f"{module} has been imported already and will not look for deep_ep again: call install() before it is"
             )
-    sys.modules[_NAME] = this
-    sys.modules[f"{_NAME}.utils"] = utils
+    sys.modules.update(_modules())
     return this
 
 
 def uninstall() -> None:
     """Undo :func:`install`: the next ``import deep_ep`` finds what is installed. Who imported this module keeps it."""
     if sys.modules.get(_NAME) is sys.modules[__name__]:
-        del sys.modules[_NAME], sys.modules[f"{_NAME}.utils"]
+        for name in _modules():
+            sys.modules.pop(name, None)
+
+
+def _modules() -> dict[str, ModuleType]:
+    return {_NAME: sys.modules[__name__], f"{_NAME}.buffer": buffer, f"{_NAME}.utils": utils}
 
 
 def _other() -> str | None:

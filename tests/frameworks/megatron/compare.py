@@ -10,8 +10,8 @@ from torch import Tensor
 from tests.frameworks.megatron.models import layout, make_config, make_layer, make_x, named, part_of
 
 # The longest sum of these models has fewer than 2**9 terms, no result is made of more than 2**4 sums in a row, and no
-# term is more than 2**3 times as large as the largest number of a result: 2**9 * 2**4 * 2**3 * 2**-53.
-FP64_BOUND = 2.0**-37
+# term is more than 2**3 times as large as the largest number of a result: 2**9 * 2**4 * 2**3 half-units of the dtype.
+BOUNDS = {torch.float64: 2.0**-37, torch.float32: 2.0**-8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +138,15 @@ def assert_same_bits(ours: Result, stock: Result) -> None:
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Every number of two fp64 runs is equal but for the order of sums."""
+    """Every number of two runs is equal but for the order of sums."""
     for name, value in ours.items():
         expected = theirs[name]
         assert value.shape == expected.shape, f"{name} has shape {tuple(value.shape)}, not {tuple(expected.shape)}"
         if value.numel():
             error = (value - expected).abs().max()
-            assert error <= FP64_BOUND * max(1.0, float(expected.abs().max())), f"{name} differs by {error:.3e}"
+            assert error <= BOUNDS[value.dtype] * max(1.0, float(expected.abs().max())), (
+                f"{name} differs by {error:.3e}"
+            )
 
 
 def assert_unsharded(ours: Result, case: Case) -> None:

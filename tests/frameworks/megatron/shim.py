@@ -6,11 +6,15 @@ returns; devices named "cuda" become the CPU; what a missing TransformerEngine l
 
 import contextlib
 import functools
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
+
+from moe_ep.integrations import deep_ep
 
 
 class FakeEvent:
@@ -91,6 +95,17 @@ def _cuda_calls() -> dict[str, Any]:
     }
 
 
+def _import_megatron() -> None:
+    """Import what decides at that time: whether to compile, and whether there is a deep_ep."""
+    if "megatron.core.transformer.moe.fused_a2a" in sys.modules:
+        return
+    deep_ep.install()
+    # Compiled code would not see the mode that sends tensors to the CPU.
+    with mock.patch.object(torch, "compile", _uncompiled):
+        importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    deep_ep.uninstall()
+
+
 def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     # On a GPU this gives what collectives take as sizes; Megatron's own leaves CPU tensors as they are.
     return tensor.cpu().numpy() if torch.is_tensor(tensor) and as_numpy else tensor
@@ -135,9 +150,8 @@ def cpu_megatron() -> Iterator[None]:
         ranges = {"range_push": lambda *args: 0, "range_pop": lambda: 0, "range": contextlib.nullcontext}
         stack.enter_context(mock.patch.multiple(torch.cuda.nvtx, **ranges))
         stack.enter_context(mock.patch.multiple(torch.Tensor, record_stream=_record_stream))
-        # Bound to decorators when Megatron is imported; compiled code would not see the mode below.
-        with mock.patch.object(torch, "compile", _uncompiled):
-            _without_transformer_engine(stack)
+        _import_megatron()
+        _without_transformer_engine(stack)
         stack.enter_context(CudaMeansCpu())
         yield
 
