@@ -1,0 +1,159 @@
+"""What goes wrong between GPUs: ranks that err, differ, are late or die. Survivors say why and stay usable."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from moe_ep import Buffer, TokenDispatcher
+from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError
+from moe_ep.testing import make_routing, run_ranks
+from moe_ep.testing.worker import RankContext
+
+pytestmark = pytest.mark.gpu
+
+TIMEOUT_S = 2.0
+
+
+def make_dispatcher(ctx: RankContext, timeout_s: float = TIMEOUT_S) -> TokenDispatcher:
+    torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
+    group = ctx.new_group()
+    return TokenDispatcher(
+        group,
+        num_experts=2 * ctx.world_size,
+        hidden_size=16,
+        top_k=2,
+        dtype=torch.float32,
+        buffer=Buffer(group, backend="cuda", timeout_s=timeout_s),
+    )
+
+
+def exchange(dispatcher: TokenDispatcher, hidden: int = 16) -> torch.Tensor:
+    topk_idx, weights = make_routing(12, 2, dispatcher.num_experts, seed=dispatcher.rank)
+    x = torch.ones(12, hidden, device="cuda")
+    routed = dispatcher.dispatch(x, topk_idx.cuda(), torch.ones_like(weights).cuda())
+    return dispatcher.combine(routed.x, routed.handle, routed.weights)
+
+
+def assert_works(dispatcher: TokenDispatcher) -> None:
+    assert torch.equal(exchange(dispatcher), torch.full((12, 16), 2.0, device="cuda"))
+
+
+def err_alone(ctx: RankContext, warm: bool) -> str:
+    dispatcher = make_dispatcher(ctx, timeout_s=20)
+    if warm:
+        assert_works(dispatcher)
+    try:
+        with torch.no_grad():
+            exchange(dispatcher, hidden=32 if ctx.rank == 1 else 16)
+    except (ValueError, MoeEpError) as error:
+        text = f"{type(error).__name__}: {error}"
+    if warm:
+        with pytest.raises(MoeEpError, match=r"reset\(\)"):
+            exchange(dispatcher)
+        dispatcher.reset()
+    # Before the first exchange ranks agree over the control plane, which an error leaves in step.
+    assert_works(dispatcher)
+    return text
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_an_error_of_one_rank_reaches_the_others(warm: bool) -> None:
+    texts = run_ranks(3, err_alone, warm)
+    assert texts[1].startswith("ValueError: x has shape")
+    for rank in (0, 2):
+        assert texts[rank].startswith("PeerAbortedError: rank 1 raised instead"), texts[rank]
+        assert "x has shape" in texts[rank]
+
+
+def differ(ctx: RankContext) -> str:
+    dispatcher = make_dispatcher(ctx, timeout_s=20)
+    assert_works(dispatcher)
+    topk_idx, weights = make_routing(12, 2, dispatcher.num_experts, seed=1)
+    routed = dispatcher.dispatch(torch.ones(12, 16, device="cuda"), topk_idx.cuda(), weights.cuda())
+    with pytest.raises(ExchangeMismatchError) as caught:  # noqa: PT012
+        if ctx.rank == 0:
+            dispatcher.dispatch(torch.ones(12, 16, device="cuda"), topk_idx.cuda(), weights.cuda())
+        else:
+            dispatcher.combine(routed.x, routed.handle, routed.weights)
+        torch.cuda.synchronize()
+        dispatcher.buffer.backend.link.check()
+    dispatcher.reset()
+    assert_works(dispatcher)
+    return str(caught.value)
+
+
+def test_different_exchanges_are_told_on_both_sides() -> None:
+    for rank, text in enumerate(run_ranks(2, differ)):
+        kinds = ("dispatch", "combine of plan")
+        assert f"rank {rank}: {kinds[rank]}" in text, text
+        assert f"rank {1 - rank}: {kinds[1 - rank]}" in text, text
+
+
+def come_late(ctx: RankContext) -> str:
+    dispatcher = make_dispatcher(ctx)
+    assert_works(dispatcher)
+    text = "on time"
+    try:
+        if ctx.rank == 1:
+            time.sleep(2.5 * TIMEOUT_S)
+        exchange(dispatcher)
+        torch.cuda.synchronize()
+        dispatcher.buffer.backend.link.check()
+    except MoeEpError as error:
+        text = f"{type(error).__name__} {getattr(error, 'ranks', ())}: {error}"
+    assert float(torch.ones(4, device="cuda").sum()) == 4.0
+    dispatcher.reset()
+    assert_works(dispatcher)
+    return text
+
+
+def test_a_late_rank_is_named_and_reset_goes_on() -> None:
+    texts = run_ranks(3, come_late)
+    for rank in (0, 2):
+        assert texts[rank].startswith("PeerTimeoutError (1,)"), texts[rank]
+        assert "waited 2 s for rank 1 to open exchange" in texts[rank]
+
+
+def die(ctx: RankContext, during: str) -> str:
+    dispatcher = make_dispatcher(ctx)
+    assert_works(dispatcher)
+    if ctx.rank == 1 and during == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        for _ in range(2000):
+            exchange(dispatcher)
+            if ctx.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        torch.cuda.synchronize()
+        dispatcher.buffer.backend.link.check()
+    except PeerTimeoutError as error:
+        # The context still computes.
+        return f"{error.ranks} {float(torch.ones(1024, device='cuda').sum())} {error}"
+    return "nothing happened"
+
+
+@pytest.mark.parametrize("during", ["before", "between"])
+def test_survivors_of_a_killed_rank_name_it(during: str) -> None:
+    answers = run_ranks(3, die, during, fresh=True, expect_dead=[1])
+    for rank in (0, 2):
+        assert answers[rank].startswith("(1,) 1024.0"), answers[rank]
+        assert "for rank 1" in answers[rank], answers[rank]
+
+
+def abort_when_peers_wait(ctx: RankContext) -> float:
+    """Peers that wait on the GPU learn at once, not at the timeout."""
+    dispatcher = make_dispatcher(ctx, timeout_s=60)
+    assert_works(dispatcher)
+    start = time.monotonic()
+    with pytest.raises((ValueError, PeerAbortedError)):
+        exchange(dispatcher, hidden=24 if ctx.rank == 0 else 16)
+    return time.monotonic() - start
+
+
+def test_an_abort_arrives_at_once() -> None:
+    assert max(run_ranks(2, abort_when_peers_wait)) < 10
