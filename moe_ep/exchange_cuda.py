@@ -58,7 +58,7 @@ class CudaExchanger(Exchanger):
     # Trouble
 
     def raise_overflow(self) -> None:
-        """Raise, once, the CapacityError of an exchange that is known to have overflowed."""
+        """Raise, once, the CapacityError of an exchange that is known to have overflowed, and any other trouble."""
         overflow = self.link.new_overflow()
         if overflow is not None:
             rank, needed, given = overflow
@@ -69,11 +69,11 @@ class CudaExchanger(Exchanger):
                 needed=needed,
                 given=given,
             )
+        self.link.check()
 
     def _begin(self) -> None:
         self.buffer.check_alive()
         self.raise_overflow()
-        self.link.check()
         self.num_exchanges += 1
 
     def refuse(self, kind: str, error: Exception) -> NoReturn:

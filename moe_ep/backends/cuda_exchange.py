@@ -259,9 +259,8 @@ class CudaBackend:
             scale_stride=0 if scales is None else scales.stride(0),
             scale_word_stride=0 if scales is None else scales.stride(1),
         )
-        out = Outputs(
-            self.control.incarnation, spec, x, scales, topk_weights, counts, owner, self._serial, arguments, with_source
-        )
+        like = (x, scales, topk_weights)
+        out = Outputs(self.control.incarnation, spec, like, counts, owner, self._serial, arguments, with_source)
         senders, placers = self._split(spec.layout, num_sms)
         bulk, keep = self.bulk and cast == 0, (x, scales, topk_idx, topk_weights, counts, out)
         if max_tokens or counts.sizes is not None:
