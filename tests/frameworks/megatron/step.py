@@ -24,8 +24,8 @@ def make_step(
     Call it on every rank of the default group, which is the expert-parallel group.
 
     Args:
-        dispatcher: "native", Megatron's all-to-all; "moe_ep", ours in its place; "deep_ep", Megatron's flex dispatcher on
-            the module that stands in for deep_ep.
+        dispatcher: "native", Megatron's all-to-all; "moe_ep", ours in its place; "deep_ep", Megatron's flex dispatcher
+            on the module that stands in for deep_ep.
         tokens: T of each rank.
         hidden: H; the experts' inner size is the same.
         top_k: K.

@@ -94,7 +94,7 @@ def test_schedule_gives_the_bits_of_autograd(ranks: Ranks) -> None:
 
 @on_cpu
 def growing_rows(ctx: RankContext) -> None:
-    """Rows of a second layer are longer: Megatron makes a larger Buffer while the first layer waits for its backward."""
+    """A second layer's rows are longer: Megatron makes a larger Buffer while the first layer waits for its backward."""
     from megatron.core.transformer.moe import fused_a2a
 
     with layout(ep=2):
