@@ -115,7 +115,9 @@ def _measure(args: argparse.Namespace) -> list[dict] | None:
     for op, ranks, chosen in jobs:
         device = pick_device(args.device, ranks)
         print(f"{op} on {ranks} process{'es' if ranks > 1 else ''} ({device})", file=sys.stderr)
-        rows += launch(ranks, device, take_measurements, op, args.backend, chosen, pairs)
+        for case in chosen:
+            # In processes of its own: what malloc kept of a larger case makes a later one cheaper, or dearer.
+            rows += launch(ranks, device, take_measurements, op, args.backend, [case], pairs)
     return rows
 
 
