@@ -188,11 +188,19 @@ class ExchangeSpec:
 
     def describe(self) -> str:
         """The settings in one line, for errors that show both sides."""
+        return self._description
+
+    @functools.cached_property
+    def _description(self) -> str:
         names = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def digest(self) -> int:
         """31-bit hash of the settings, equal on all ranks that agree."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> int:
         return zlib.crc32(self.describe().encode()) & 0x7FFFFFFF
 
     def check(self) -> None:

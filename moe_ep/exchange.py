@@ -301,9 +301,8 @@ class Exchanger:
         return functools.partial(self.buffer.control.begin, call, None, None)
 
     def _call(self, kind: str, spec: ExchangeSpec, serial: int, num_chunks: int = 1, fp8: bool = False) -> Call:
-        digest, detail = _describe(spec)
-        digest = (digest + 1_000_003 * self.number + 31 * num_chunks + fp8) & 0x7FFFFFFF
-        return Call(kind, digest, serial, f"dispatcher {self.number} of the Buffer, {detail}")
+        digest = (spec.digest() + 1_000_003 * self.number + 31 * num_chunks + fp8) & 0x7FFFFFFF
+        return Call(kind, digest, serial, f"dispatcher {self.number} of the Buffer, {spec.describe()}")
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
         # In the order of exchanges, so that all ranks raise at the same one.
@@ -330,11 +329,6 @@ class Exchanger:
             yield
         finally:
             self.overlap = before
-
-
-@functools.lru_cache(maxsize=256)
-def _describe(spec: ExchangeSpec) -> tuple[int, str]:
-    return spec.digest(), spec.describe()
 
 
 @functools.lru_cache(maxsize=256)
