@@ -1,6 +1,7 @@
 """The module that stands in for deep_ep, as a program that knows only that name uses it."""
 
 import importlib
+import re
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ import moe_ep
 from moe_ep.errors import StaleHandleError
 from moe_ep.integrations import deep_ep as ours
 from moe_ep.testing import RankContext, make_routing
+from tests.test_readme import run_first_example
 
 Ranks = Callable[..., list]
 
@@ -152,3 +154,10 @@ def replay_through_another(ctx: RankContext) -> None:
 
 def test_handles_outlive_their_buffer(ranks: Ranks) -> None:
     ranks(2, replay_through_another)
+
+
+def test_page(tmp_path: Path) -> None:
+    output = run_first_example("docs/deep_ep.md", tmp_path)
+    received = [int(count) for count in re.findall(r"rank [01]: (\d+) choices received, True", output)]
+    assert len(received) == 2
+    assert sum(received) == 10

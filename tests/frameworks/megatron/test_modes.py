@@ -173,6 +173,27 @@ def test_shared_experts_run_beside_the_exchanges(ranks: Ranks) -> None:
     assert ranks(2, shared_calls) == [expected] * 2
 
 
+@on_cpu
+def without_shared_experts(ctx: RankContext) -> bool:
+    """Whether the comparison notices a dispatcher that leaves out the shared experts it was given."""
+    from moe_ep.integrations.megatron import EPTokenDispatcher
+
+    case = Case(changes=OVERLAP)
+    stock = run_sharded(case, "native")
+    with mock.patch.object(EPTokenDispatcher, "set_shared_experts"), layout(ep=2):
+        layer = make_layer("moe_ep", case.config())
+        out, _ = layer(case.x(ctx.rank, layer.config))
+    try:
+        assert_close({"out": out}, {"out": stock.out})
+    except AssertionError:
+        return True
+    return False
+
+
+def test_shared_experts_cannot_vanish_unseen(ranks: Ranks) -> None:
+    assert ranks(2, without_shared_experts) == [True, True]
+
+
 # Recomputation
 
 
@@ -186,6 +207,32 @@ def recomputed(ctx: RankContext, case: Case) -> None:
     again = run_sharded(case, "moe_ep", **RECOMPUTE)
     assert again.layer.moe_layer_recompute
     assert_same_bits(again, run_sharded(case, "moe_ep"))
+
+
+# Padding for quantised experts
+
+
+@on_cpu
+def padded_groups(ctx: RankContext, case: Case) -> list[int]:
+    # The setting belongs to fp8 and fp4, which need TransformerEngine; what it asks of the dispatcher does not.
+    def with_padding(self: Case, **more: object) -> object:
+        config = real(self, **more)
+        config.moe_router_padding_for_quantization = True
+        return config
+
+    real = Case.config
+    with mock.patch.object(Case, "config", with_padding):
+        ours = run_sharded(case, "moe_ep")
+        counts, rows = rows_of_experts.__wrapped__(ctx, case)
+    assert_unsharded(ours, case)
+    assert sum(counts) == rows
+    return counts
+
+
+def test_groups_are_padded_to_multiples(ranks: Ranks) -> None:
+    for counts in ranks(2, padded_groups, Case(tokens=(7, 4))):
+        # 44 choices among 4 experts, none of which is full by itself or left out.
+        assert all(count in (16, 32) for count in counts)
 
 
 # The dispatcher by itself
