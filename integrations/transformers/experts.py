@@ -102,6 +102,8 @@ class LocalExperts:
             return
         own = {id(parameter) for parameter in self.parameters(experts)}
         for name, parameter in ddp.module.named_parameters():
+            # PEFT's parametrizations rename parameters during the forward.
+            name = name.replace("parametrizations.", "").removesuffix(".original")
             if id(parameter) in own and name not in ddp.parameters_to_ignore:
                 raise ValueError(
                     f"DistributedDataParallel averages {name} over ranks with other experts: parallelize the outermost "
