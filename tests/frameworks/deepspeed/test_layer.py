@@ -139,7 +139,7 @@ def compare_bits(ctx: RankContext, setup: Setup) -> None:
         assert torch.allclose(stock, ours, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("drop", [True, False])
 def test_one_choice_per_token_gives_the_same_bits(dtype: torch.dtype, drop: bool):
     on_ranks(2, compare_bits, Setup(k=1, drop=drop, dtype=dtype))
