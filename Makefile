@@ -1,8 +1,9 @@
-# make demo | test | test-frameworks | lint | bench | clean. ARGS="..." is passed on; CONTRIBUTING.md has the variables.
+# make demo | test | test-frameworks | lint | bench | bench-frameworks | clean. ARGS="..." is passed on; CONTRIBUTING.md
+# lists the variables.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-frameworks lint bench clean
+.PHONY: demo test test-frameworks lint bench bench-frameworks clean
 
 PYTHON ?= python3
 TORCH_SPEC ?= torch==2.13.0
@@ -59,6 +60,9 @@ test-frameworks: $(FW_STAMP)
 
 bench: $(call REQUIREMENTS_OF,demo) $(RUN_BUILD)
 	$(BIN)/moe-ep bench $(ARGS)
+
+bench-frameworks: $(FW_STAMP)
+	@$(FW_RUN) $(FW_PYTHON) -m tests.frameworks.bench $(ARGS)
 
 # The package itself is not installed for this: every tool reads the sources.
 lint: $(call REQUIREMENTS_OF,dev)
