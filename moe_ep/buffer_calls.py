@@ -14,7 +14,7 @@ from moe_ep.backends.place import identity_places
 from moe_ep.backends.torch import TorchBackend
 from moe_ep.backends.types import Counted
 from moe_ep.buffer_checks import UNSPECIFIED, Request, Rows, check_again, check_combine, check_events, check_request
-from moe_ep.config import Config
+from moe_ep.config import Config, check_limits
 from moe_ep.errors import CapacityError, MoeEpError, StaleHandleError
 from moe_ep.events import EventOverlap, Job
 from moe_ep.handle import BufferHandle, Groups, Overflow, Plan
@@ -66,6 +66,7 @@ class BufferCalls:
         check_tensor("topk_idx", topk_idx, shape=(None, None), dtypes=(torch.int64,))
         if num_experts <= 0 or num_experts % self.group_size:
             raise ValueError(f"num_experts={num_experts} must be divisible by the {self.group_size} ranks of the group")
+        check_limits(num_experts, topk_idx.shape[1], ("num_experts", "topk_idx.shape[1]"))
         _wait(previous_event)
         check_ids(topk_idx, num_experts)
         in_rank = tokens_in_rank(topk_idx, num_experts, self.group_size)

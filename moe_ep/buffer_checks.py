@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from moe_ep.config import FP8_DTYPE, Capacity, ExchangeSpec
+from moe_ep.config import FP8_DTYPE, Capacity, ExchangeSpec, check_limits
 from moe_ep.errors import StaleHandleError
 from moe_ep.events import EventOverlap
 from moe_ep.handle import Plan
@@ -61,12 +61,14 @@ def check_request(
             f"num_tokens_per_expert has {per_expert.numel()} experts; it must be a multiple of the "
             f"{num_ranks} ranks of the group"
         )
+    check_limits(per_expert.numel(), 1, ("num_tokens_per_expert.numel()", ""))
     if not torch.equal(in_rank.sum(0).cpu(), per_rank.cpu().to(torch.int64)):
         raise ValueError("num_tokens_per_rank differs from the column sums of is_token_in_rank: pass one layout's")
     if topk_idx is None and (topk_weights is not None or num_worst_tokens > 0):
         raise ValueError("topk_weights and num_worst_tokens need topk_idx: pass it as well")
     if topk_idx is not None:
-        check_tensor("topk_idx", topk_idx, shape=(rows.shape[0], None))
+        topk_idx = check_tensor("topk_idx", topk_idx, shape=(rows.shape[0], None))
+        check_limits(1, topk_idx.shape[1], ("", "topk_idx.shape[1]"))
     if num_worst_tokens < 0:
         raise ValueError(f"num_worst_tokens={num_worst_tokens} must not be negative")
     spec = ExchangeSpec(

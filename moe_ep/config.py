@@ -20,6 +20,7 @@ ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_GROUP = 128
 MAX_TOP_K = 64
+MAX_NUM_EXPERTS = 4096
 LAYOUTS = ("expanded", "compact", "slab")
 WEIGHT_PLACES = ("combine", "experts")
 OVERFLOW_POLICIES = ("raise", "drop")
@@ -234,6 +235,13 @@ def check_row_bytes(hidden_size: int, dtype: torch.dtype, name: str = "hidden_si
         )
 
 
+def check_limits(num_experts: int, top_k: int, names: tuple[str, str] = ("num_experts", "top_k")) -> None:
+    """Raise ValueError for more experts, or choices per token, than any backend takes; ``names`` are the arguments'."""
+    for name, value, most in ((names[0], num_experts, MAX_NUM_EXPERTS), (names[1], top_k, MAX_TOP_K)):
+        if value > most:
+            raise ValueError(f"{name}={value} must be at most {most}, which is what every backend takes")
+
+
 def _check_sizes(spec: ExchangeSpec) -> None:
     for name in ("num_experts", "hidden_size", "top_k", "alignment"):
         value = getattr(spec, name)
@@ -245,12 +253,10 @@ def _check_sizes(spec: ExchangeSpec) -> None:
             f"num_experts={spec.num_experts} must be divisible by the {spec.num_ranks} ranks of the group: "
             f"use {max(lower, spec.num_ranks)} or {lower + spec.num_ranks}, or another group size"
         )
-    if spec.num_experts > 4096:
-        raise ValueError(f"num_experts={spec.num_experts} must be at most 4096")
-    if spec.top_k > min(spec.num_experts, MAX_TOP_K):
+    check_limits(spec.num_experts, spec.top_k)
+    if spec.top_k > spec.num_experts:
         raise ValueError(
-            f"top_k={spec.top_k} must be at most num_experts={spec.num_experts} and at most {MAX_TOP_K}: "
-            "a token chooses an expert once"
+            f"top_k={spec.top_k} must be at most num_experts={spec.num_experts}: a token chooses an expert once"
         )
     if spec.max_tokens_per_rank is not None and spec.max_tokens_per_rank <= 0:
         raise ValueError(f"max_tokens_per_rank={spec.max_tokens_per_rank} must be positive, or None")
