@@ -286,9 +286,13 @@ class Buffer(BufferCalls):
 
         Returns:
             Bytes that exchanges of these sizes take on this rank, reported before anything is allocated.
+
+        Raises:
+            ValueError: for sizes that are not positive integers; the other ranks get PeerAbortedError.
         """
-        words = torch.tensor([max_tokens_per_rank, row_bytes], device="cpu")
-        sizes = self.submit(lambda: self.control.open(Call("reserve"), words)).result().amax(0)
+        error = _wrong_sizes(max_tokens_per_rank=max_tokens_per_rank, row_bytes=row_bytes)
+        words = torch.tensor([0, 0] if error else [max_tokens_per_rank, row_bytes], device="cpu")
+        sizes = self.submit(lambda: self.control.open(Call("reserve"), words, error)).result().amax(0)
         tokens, row = int(sizes[0]), int(sizes[1])
         self.backend.max_tokens = max(self.backend.max_tokens, tokens)
         self.backend.reserved_tokens = max(self.backend.reserved_tokens, tokens)
@@ -373,6 +377,16 @@ def _default_config(num_ranks: int) -> Config:
     if num_ranks < 1:
         raise ValueError(f"num_ranks={num_ranks} must be at least 1")
     return Config()
+
+
+def _wrong_sizes(**sizes: int) -> ValueError | None:
+    for name, value in sizes.items():
+        # They are told to the peers as 32-bit integers.
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            return ValueError(
+                f"{name}={value!r} must be a positive int below 2**31: give the largest that will be sent"
+            )
+    return None
 
 
 def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:

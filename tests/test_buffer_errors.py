@@ -48,6 +48,11 @@ def dispatch_badly(ctx: RankContext, fault: str) -> Exception | None:
             arguments["x"] = ()
         elif fault == "ids in a list":
             arguments["topk_idx"] = topk_idx.tolist()
+        elif fault == "too many choices":
+            arguments["topk_idx"] = topk_idx.new_full((4, 65), -1)
+            arguments["topk_weights"] = None
+        elif fault == "too many experts":
+            arguments["num_tokens_per_expert"] = torch.zeros(4098, dtype=torch.int32)
     caught: Exception | None = None
     try:
         buffer.dispatch(**arguments)
@@ -72,6 +77,8 @@ DISPATCH_FAULTS = {
     "flags": r"allocate_on_comm_stream=True needs",
     "empty tuple": r"x is tuple",
     "ids in a list": r"topk_idx is list",
+    "too many choices": r"topk_idx\.shape\[1\]=65 must be at most 64",
+    "too many experts": r"num_tokens_per_expert\.numel\(\)=4098 must be at most 4096",
 }
 
 
@@ -251,3 +258,62 @@ def test_a_grant_that_is_too_small_says_what_is_needed(ranks: Ranks) -> None:
     for _, mismatch in ranks(2, small_grant):
         assert "num_nvl_bytes=2048" in mismatch
         assert "num_nvl_bytes=4096" in mismatch
+
+
+def test_layouts_of_too_many_experts_or_choices_are_refused() -> None:
+    buffer = Buffer(None)
+    with pytest.raises(ValueError, match="num_experts=4097 must be at most 4096"):
+        buffer.get_dispatch_layout(torch.zeros(2, 1, dtype=torch.int64), 4097)
+    with pytest.raises(ValueError, match=r"topk_idx\.shape\[1\]=65 must be at most 64"):
+        buffer.get_dispatch_layout(torch.arange(65).unsqueeze(0), 128)
+    assert buffer.get_dispatch_layout(torch.arange(64).unsqueeze(0), 4096)[0].tolist() == [1]
+
+
+def reserve_badly(ctx: RankContext, sizes: tuple) -> Exception | None:
+    buffer = Buffer(ctx.new_group(), timeout_s=20)
+    caught: Exception | None = None
+    try:
+        buffer.reserve(*(sizes if ctx.rank == 1 else (8, 64)))
+    except (ValueError, MoeEpError) as error:
+        caught = error
+    assert buffer.reserve(8 + ctx.rank, 64) == buffer.memory_report(9, 64)["exchange_bytes"]
+    exchange_with(buffer, ctx)
+    return caught
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ((-1, 64), "max_tokens_per_rank=-1 must be a positive int"),
+        ((8, 0), "row_bytes=0 must be a positive int"),
+        ((8.5, 64), r"max_tokens_per_rank=8\.5 must be a positive int"),
+        ((2**31, 64), "must be a positive int below"),
+    ],
+    ids=str,
+)
+def test_wrong_sizes_to_reserve_end_all(ranks: Ranks, sizes: tuple, text: str) -> None:
+    first, second = ranks(2, reserve_badly, sizes)
+    with pytest.raises(ValueError, match=text):
+        raise second
+    assert isinstance(first, PeerAbortedError)
+    assert first.rank == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"dtype": torch.float32, "size": -1}, "size=-1 must be an int of 0 or more"),
+        ({"dtype": torch.float32, "size": 1.5}, r"size=1\.5 must be an int"),
+        ({"dtype": torch.float32, "offset": -4}, "offset=-4 must be an int of 0 or more"),
+        ({"dtype": torch.float32, "offset": 2}, "offset=2.*do not lie in the buffer"),
+        ({"dtype": torch.float32, "offset": 1028}, "offset=1028.*do not lie in the buffer of 1024 bytes"),
+        ({"dtype": torch.uint8, "size": 1025}, "size=1025.*do not lie in the buffer"),
+        ({"dtype": "float32"}, "dtype='float32' must be a torch.dtype"),
+    ],
+    ids=str,
+)
+def test_local_memory_outside_of_the_buffer_is_refused(arguments: dict, text: str) -> None:
+    buffer = Buffer(None, num_nvl_bytes=1024)
+    with pytest.raises(ValueError, match=text):
+        buffer.get_local_buffer_tensor(**arguments)
+    assert buffer.get_local_buffer_tensor(torch.float32, size=0, offset=1024).numel() == 0

@@ -71,8 +71,13 @@ class TorchRuntime:
             ValueError: when the view does not lie in the buffer.
         """
         total = self._sizes[use_rdma_buffer]
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype={dtype!r} must be a torch.dtype, like torch.bfloat16")
+        for name, value in (("size", 0 if size is None else size), ("offset", offset)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r} must be an int of 0 or more; size=None takes all behind offset")
         count = (total - offset) // dtype.itemsize if size is None else size
-        if offset < 0 or offset % dtype.itemsize or offset + count * dtype.itemsize > total:
+        if offset > total or offset % dtype.itemsize or offset + count * dtype.itemsize > total:
             raise ValueError(
                 f"offset={offset}, size={size} of {dtype} do not lie in the buffer of {total} bytes: "
                 "construct the Buffer with more bytes, or ask for less"
