@@ -145,8 +145,8 @@ class ControlPlane:
         self._rendezvous: Rendezvous | None = None
         if group is not None and self.size > 1:
             store = dist.PrefixStore("moe_ep", distributed_c10d._get_process_group_store(group))
-            # Constructing is collective, so each rank's own count of its planes in this group is the same number.
-            number = store.add(f"planes/{self.rank}", 1)
+            # NOTE: not each rank's own count: ranks whose constructor failed have tried more often than others.
+            number = Rendezvous(dist.PrefixStore("planes", store), self.rank, self.size, timeout_s).meet_again()
             self._rendezvous = Rendezvous(dist.PrefixStore(str(number), store), self.rank, self.size, timeout_s)
         self._connect()
 

@@ -104,6 +104,10 @@ class Rendezvous:
                 raise self._absence([rank for rank, proposal in enumerate(proposals) if abs(proposal) == mine])
             time.sleep(_POLL_SECONDS)
 
+    def meet_again(self) -> int:
+        """As :meth:`meet`, in an attempt that comes after those which this rank took part in."""
+        return self.meet(abs(self._proposals()[self._rank]) + 1)
+
     def _propose(self, attempt: int) -> None:
         self._store.set(f"proposal/{self._rank}", str(attempt))
 
