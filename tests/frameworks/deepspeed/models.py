@@ -47,7 +47,12 @@ class Setup:
 
 def join(ctx: RankContext) -> None:
     """Let DeepSpeed take this worker's process group for its world."""
-    for name, value in (("RANK", ctx.rank), ("LOCAL_RANK", ctx.rank), ("WORLD_SIZE", ctx.world_size)):
+    join_world(ctx.rank, ctx.world_size)
+
+
+def join_world(rank: int, num_ranks: int) -> None:
+    """As :func:`join`, for any process that has a process group."""
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", num_ranks)):
         os.environ[name] = str(value)
     # Serves inference_all_reduce alone. Compiling it would tie these tests to a compiler, and to a lock file that a
     # killed run leaves behind for all later ones to wait at.

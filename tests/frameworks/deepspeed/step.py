@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Literal
 
-import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import nn
 
 from moe_ep.integrations.deepspeed import convert
+from tests.frameworks.deepspeed.models import join_world
 
 
 def make_step(
@@ -19,10 +18,10 @@ def make_step(
     hidden: int,
     top_k: int,
     *,
-    num_experts: int = 8,
+    num_experts: int = 16,
     drop_tokens: bool = True,
 ) -> Callable[[], float]:
-    """Forward, backward and optimizer step of a MoE layer in fp32; returns the loss. Collective over WORLD.
+    """Build a layer; the callable runs forward, backward and an optimizer step in fp32. Both are collective over WORLD.
 
     Args:
         dispatcher: ``"native"`` is DeepSpeed's MOELayer as it comes.
@@ -31,27 +30,34 @@ def make_step(
         top_k: K.
         num_experts: E, over all ranks.
         drop_tokens: DeepSpeed's default, with a capacity factor of 1; else experts take what they get.
+
+    Returns:
+        A callable that returns the loss of this rank.
     """
-    # Only inference asks for it, and building it takes a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend="gloo")
+    num_ranks = dist.get_world_size()
+    join_world(dist.get_rank(), num_ranks)
     torch.manual_seed(0)
-    one_expert = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden))
     moe = MoE(
-        hidden, one_expert, num_experts=num_experts, ep_size=dist.get_world_size(), k=top_k, drop_tokens=drop_tokens
+        hidden,
+        nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden)),
+        num_experts=num_experts,
+        ep_size=num_ranks,
+        k=top_k,
+        drop_tokens=drop_tokens,
+        # Choices that are drawn would differ between two layers.
+        use_rts=False,
+        top2_2nd_expert_sampling=False,
     )
     if dispatcher == "moe_ep":
         convert(moe)
     moe.set_deepspeed_parallelism()
-    optimizer = torch.optim.SGD(moe.parameters(), lr=1e-4)
-    torch.manual_seed(dist.get_rank())
-    x = torch.randn(tokens, hidden, requires_grad=True)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=1e-3)
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(dist.get_rank()))
 
     def step() -> float:
         optimizer.zero_grad()
-        out, l_aux, _ = moe(x)
-        loss = out.square().mean() + 0.01 * l_aux
+        out, l_aux, _ = moe(x.requires_grad_())
+        loss = (out - 1.0).square().mean() + 0.01 * l_aux
         loss.backward()
         optimizer.step()
         return loss.item()

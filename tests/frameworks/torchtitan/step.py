@@ -28,6 +28,9 @@ def make_step(
         hidden: H; experts are SwiGLU MLPs of width H in bf16, as torchtitan computes them.
         top_k: K.
         num_experts: E, over all ranks.
+
+    Returns:
+        A callable that returns the loss of this rank.
     """
     set_spmd_backend("partial_dtensor")
     init = dict.fromkeys(("weight", *EXPERTS), nn.init.zeros_)
@@ -54,12 +57,13 @@ def make_step(
             buffer.zero_()
     moe.bfloat16()
     moe.routed_experts.token_dispatcher.wire_meshes(ep_mesh=mesh)
-    optimizer = torch.optim.SGD(moe.parameters(), lr=1e-4)
-    x = torch.randn(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(1, tokens, hidden, generator=generator).bfloat16()
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = moe(x).float().square().mean()
+        loss = (moe(x.requires_grad_()).float() - 1.0).square().mean()
         loss.backward()
         optimizer.step()
         return loss.item()

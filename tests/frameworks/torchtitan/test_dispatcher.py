@@ -102,7 +102,7 @@ def compare_rows(ctx: RankContext, block: Block) -> None:
 @TOKENS
 def test_experts_get_the_same_rows_in_the_same_order(block: Block):
     on_ranks(2, compare_rows, block)
-    on_ranks(3, compare_rows, block.with_(tokens=(*block.tokens, (3, 1)), num_experts=6))
+    on_ranks(4, compare_rows, block.with_(tokens=(*block.tokens, (3, 1), (1, 2))))
 
 
 def compare_with_unsharded(ctx: RankContext, block: Block) -> None:
@@ -128,8 +128,8 @@ def test_results_equal_the_unsharded_block(block: Block, top_k: int):
     on_ranks(2, compare_with_unsharded, block.with_(top_k=top_k))
 
 
-def test_one_expert_per_rank_on_three_ranks():
-    on_ranks(3, compare_with_unsharded, Block(num_experts=3, top_k=3, tokens=((1, 4), (2, 3), (1, 0))))
+def test_one_expert_per_rank_on_four_ranks():
+    on_ranks(4, compare_with_unsharded, Block(num_experts=4, top_k=3, tokens=((1, 4), (2, 3), (1, 0), (3, 2))))
 
 
 def roll_scores(ctx: RankContext, block: Block) -> bool:
