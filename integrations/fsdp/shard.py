@@ -1,5 +1,7 @@
 """``apply_ep``: experts spread over one dimension of a mesh, what each rank holds of them sharded over another."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,13 +16,13 @@ from moe_ep.integrations.fsdp.experts import find_layers, spread
 from moe_ep.integrations.fsdp.mesh import EFSDP, EP, REPLICATE, dense_mesh, with_shards
 from moe_ep.layers import MoELayer
 
+_missing: ImportError | None = None
 try:
     # fully_shard documents these as what shard_placement_fn returns, and does not export them.
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 except ImportError as error:
-    raise ImportError(
-        f"torch {torch.__version__} cannot shard the parameters of one module over two meshes: it takes torch 2.13"
-    ) from error
+    # The rest of the package works without.
+    _missing = error
 
 Placement = Callable[[nn.Parameter], "Shard | ShardPlacementResult | None"]
 
@@ -51,7 +53,12 @@ def apply_ep(
     Raises:
         ValueError: a mesh that does not fit, no MoE layer, or one that is sharded already, is of another group, or has
             experts that ``mesh["ep"]`` does not divide.
+        ImportError: torch before 2.13.
     """
+    if _missing is not None:
+        raise ImportError(
+            f"torch {torch.__version__} cannot shard the parameters of one module over two meshes: it takes torch 2.13"
+        ) from _missing
     full = with_shards(mesh)
     layers = find_layers(model, full[EP])
     if dp_mesh is None:

@@ -52,14 +52,17 @@ def make_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
-def sharded(mesh: DeviceMesh, *, unsharded_first: bool = False, **options: Any) -> Model:
+def sharded(
+    mesh: DeviceMesh, *, unsharded_first: bool = False, fsdp: dict[str, Any] | None = None, **options: Any
+) -> Model:
     """The model under apply_ep and fully_shard, block by block."""
     model = Model(None if unsharded_first else mesh["ep"] if mesh.ndim > 1 else mesh, **options)
-    apply_ep(model, mesh)
+    fsdp = fsdp or {}
+    apply_ep(model, mesh, **fsdp)
     dense = dense_mesh(mesh)
     for layer in model.dense:
-        fully_shard(layer, mesh=dense)
-    return fully_shard(model, mesh=dense)
+        fully_shard(layer, mesh=dense, **fsdp)
+    return fully_shard(model, mesh=dense, **fsdp)
 
 
 def batch(rank: int, step: int, dtype: torch.dtype = torch.float64) -> Tensor:

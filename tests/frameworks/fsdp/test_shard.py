@@ -55,6 +55,8 @@ def test_training_equals_the_unsharded_model(ranks: Ranks, mesh: tuple, unsharde
     [
         {"num_chunks": 2, "late_wgrad": True},
         {"layout": "compact"},
+        {"fsdp": {"reshard_after_forward": False}},
+        {"fsdp": {"reshard_after_forward": True}, "num_chunks": 2},
         {"recompute": "reentrant"},
         {"recompute": "not reentrant", "late_wgrad": True},
     ],
