@@ -22,7 +22,7 @@ from moe_ep.backends.cuda_exchange import CudaBackend
 from moe_ep.backends.runtime import TorchRuntime
 from moe_ep.backends.torch import TorchBackend
 from moe_ep.backends.worker import CommunicationThread, release, run_in_mode, run_without_grad
-from moe_ep.buffer_calls import BufferCalls
+from moe_ep.buffer_internode import InternodeCalls
 from moe_ep.config import Config, record_bytes
 from moe_ep.errors import MoeEpError, NotBuiltError
 from moe_ep.events import Done, EventHandle, EventOverlap, Job
@@ -36,7 +36,7 @@ _LEAST_ROWS_PER_SOURCE = 64
 Result = TypeVar("Result")
 
 
-class Buffer(BufferCalls):
+class Buffer(InternodeCalls):
     """Exchanges rows among the ranks of a group.
 
     Constructing one is collective. Exchanges of one Buffer are serial and must be issued in the same order on all
