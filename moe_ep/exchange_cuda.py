@@ -24,6 +24,9 @@ from moe_ep.handle import CudaPlan
 from moe_ep.hooks import Hooks
 from moe_ep.validate import check_chunk, check_layout_rows, check_routing, check_row_weights, check_rows
 
+# Fewer than the channel has places for sizes.
+_MOST_UNREAD = 64
+
 
 class CudaExchanger(Exchanger):
     """Carries out the exchanges of one ``TokenDispatcher`` on GPUs; arguments as in the base.
@@ -51,7 +54,7 @@ class CudaExchanger(Exchanger):
         self.backend = buffer.backend
         self.link = self.backend.link
         self.num_sms = num_sms
-        self._listed: Tensor | None = None
+        self._listed: list[int] | None = None
         with torch.inference_mode(False):
             self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64, device=self.link.device)
 
@@ -113,16 +116,24 @@ class CudaExchanger(Exchanger):
         most = max(topk_idx.shape[0] for topk_idx in ids)
         max_tokens = self._prepare(most, spec)
         current = self.link.begin()
-        counted = [
-            self.backend.count(topk_idx, spec, self.link.header(call), max_tokens, self.choices_received)
-            for topk_idx in ids
-        ]
+        counted: list[Counts] = []
+        for topk_idx in ids:
+            # Sizes that nobody has read make way for those of later sets.
+            if len(counted) >= _MOST_UNREAD:
+                self._read_sizes(counted[-_MOST_UNREAD])
+            counted.append(
+                self.backend.count(topk_idx, spec, self.link.header(call), max_tokens, self.choices_received)
+            )
         self.link.land(self.link.end(current, (counted,)))
         for counts in counted:
-            if counts.ticket:
-                counts.sizes = self.link.wait_sizes(counts.ticket)
-                self.backend.max_tokens = max(self.backend.max_tokens, counts.sizes[2])
+            self._read_sizes(counts)
         return counted
+
+    def _read_sizes(self, counts: Counts) -> None:
+        if counts.ticket and counts.sizes is None:
+            counts.sizes = self.link.wait_sizes(counts.ticket)
+            counts.host_counts = self.link.channel.host_counts(counts.ticket, counts.num_local_experts)
+            self.backend.max_tokens = max(self.backend.max_tokens, counts.sizes[2])
 
     def dispatch(  # type: ignore[override]
         self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, planned: Counts | None
@@ -229,7 +240,7 @@ class CudaExchanger(Exchanger):
 
     def host_counts(self, tokens_per_expert: Tensor) -> list[int]:
         """Choices that the last dispatch received for each local expert; without a wait for the device."""
-        return tokens_per_expert.tolist() if self._listed is None else self._listed.tolist()
+        return tokens_per_expert.tolist() if self._listed is None else self._listed
 
     def _checked(self, finish: Callable[[], Any]) -> CudaJob:
         """A job that raises what is known to have gone wrong when it is waited for."""

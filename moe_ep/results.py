@@ -62,7 +62,7 @@ class PendingDispatch:
             result = self._exchange.result
             assert result is not None
             tensors = [*self._exchange.plan_tensors, *extras_of(result)]
-            counts = None if result.groups.counts is None else result.groups.counts.tolist()
+            counts = host_list(result.groups.counts)
             spec = self._exchange.exchanger.spec
             self._result = dispatched(
                 rows, weights, result.tokens_per_expert, tensors, spec, scales=result.scales, listed=counts
@@ -86,6 +86,11 @@ class PendingCombine:
             self._result = CombineWait.apply(self._exchange, self._token)
         assert self._result is not None
         return self._result
+
+
+def host_list(counts: Tensor | list[int] | None) -> list[int] | None:
+    """Counts that the host knows, as a list."""
+    return counts.tolist() if isinstance(counts, Tensor) else counts
 
 
 def dispatched_plainly(exchanger: Exchanger, result: Dispatch) -> Dispatched:

@@ -56,6 +56,7 @@ py::dict group_layout(int64_t row_bytes, int64_t meta_words) {
     told["meta"] = reinterpret_cast<uintptr_t>(group.meta.ptr);
     told["rows"] = reinterpret_cast<uintptr_t>(group.rows.ptr);
     told["num_bytes"] = group.num_bytes;
+    told["max_ring_groups"] = kMaxRingGroups;
     return told;
 }
 
@@ -87,7 +88,7 @@ void open_exchange(Channel& channel, const std::vector<int32_t>& header, uintptr
 int64_t open_dispatch(Channel& channel, const std::vector<int32_t>& header, uintptr_t choices_per_expert,
                       uintptr_t tokens_per_rank, int64_t num_tokens, int64_t max_tokens, int num_experts, int alignment,
                       int layout, int64_t capacity_rows, int64_t capacity_per_expert, bool drop, uintptr_t table,
-                      uintptr_t received_total, uintptr_t host_counts, bool tell_sizes, uintptr_t stream) {
+                      uintptr_t received_total, bool tell_sizes, uintptr_t stream) {
     OpenParams params{};
     fill_header(params.header, header);
     params.choices_per_expert = device_pointer<int32_t>(choices_per_expert);
@@ -100,7 +101,6 @@ int64_t open_dispatch(Channel& channel, const std::vector<int32_t>& header, uint
     params.capacity = {capacity_rows, capacity_per_expert, drop};
     params.table = device_pointer<int32_t>(table);
     params.received_total = device_pointer<int64_t>(received_total);
-    params.host_counts = device_pointer<int32_t>(host_counts);
     return channel.open_dispatch(params, tell_sizes, device_pointer<void>(stream));
 }
 
@@ -229,25 +229,28 @@ Args:
         .def("open_dispatch", &open_dispatch, py::kw_only(), py::arg("header"), py::arg("choices_per_expert"),
              py::arg("tokens_per_rank"), py::arg("num_tokens"), py::arg("max_tokens"), py::arg("num_experts"),
              py::arg("alignment"), py::arg("layout"), py::arg("capacity_rows"), py::arg("capacity_per_expert"),
-             py::arg("drop"), py::arg("table"), py::arg("received_total") = 0, py::arg("host_counts") = 0,
-             py::arg("tell_sizes"), py::arg("stream"),
+             py::arg("drop"), py::arg("table"), py::arg("received_total") = 0, py::arg("tell_sizes"), py::arg("stream"),
              "As open, with counts; returns a ticket for wait_sizes, 0 unless tell_sizes.")
         .def("drop", &Channel::drop, py::kw_only(), py::arg("topk_idx"), py::arg("index_bytes"),
              py::arg("idx_in_expert"), py::arg("keep_choices"), py::arg("num_choices"), py::arg("num_experts"),
              py::arg("stream"), "Turns choices that their experts do not keep into -1, in place.")
+        .def("host_counts", &Channel::host_counts, py::arg("ticket"), py::arg("count"),
+             "Received choices of each of the first count local experts, once wait_sizes has returned; until later "
+             "tickets take its place.")
         .def("wait_sizes", &Channel::wait_sizes, py::arg("ticket"), py::arg("seconds"),
              py::call_guard<py::gil_scoped_release>(),
              "Waits for (rows, received rows, largest T); None when they did not come in time or the exchange failed.")
         .def(
             "dispatch",
-            [](Channel& channel, DispatchArguments& arguments, int num_senders, int num_placers, bool bulk,
+            [](Channel& channel, DispatchArguments& arguments, int num_senders, int num_placers, int laps, bool bulk,
                uintptr_t stream) {
                 arguments.params.num_senders = num_senders;
                 arguments.params.num_placers = num_placers;
+                arguments.params.laps = static_cast<Laps>(laps);
                 channel.dispatch(arguments.params, bulk, device_pointer<void>(stream));
             },
-            py::arg("arguments"), py::kw_only(), py::arg("num_senders"), py::arg("num_placers"), py::arg("bulk"),
-            py::arg("stream"), "Sends and places rows of an opened exchange.")
+            py::arg("arguments"), py::kw_only(), py::arg("num_senders"), py::arg("num_placers"), py::arg("laps") = 0,
+            py::arg("bulk"), py::arg("stream"), "Sends and places rows of an opened exchange.")
         .def(
             "combine",
             [](Channel& channel, int64_t row_bytes, int64_t meta_words, int top_k, int num_experts, int64_t max_chunks,

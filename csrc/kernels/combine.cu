@@ -359,7 +359,20 @@ void launch(const CombineParams& params, cudaStream_t stream) {
     check_cuda(cudaGetLastError(), "combine_rows");
 }
 
+template <class T>
+void prepare() {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, combine_rows<T>), "cudaFuncGetAttributes(combine_rows)");
+}
+
 }  // namespace
+
+void prepare_combine() {
+    prepare<__nv_bfloat16>();
+    prepare<__half>();
+    prepare<float>();
+    prepare<double>();
+}
 
 void launch_combine(const CombineParams& params, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);

@@ -7,6 +7,7 @@
 #include "host/checks.h"
 #include "host/cuda_check.h"
 #include "kernels/exchange.h"
+#include "layout/plan.h"
 
 // Senders walk this rank's chunks of tokens and store each row into the ring of every rank it goes to; placers walk the
 // groups of all sources, as they arrive, and copy each row to its layout rows. This rank's own rows skip the ring.
@@ -53,6 +54,17 @@ struct MetaLayout {
     __device__ int place(int choice) const { return top_k + choice; }
     __device__ int weight(int choice, int word) const { return 2 * top_k + choice * weight_words + word; }
     __device__ int scale(int word) const { return (2 + weight_words) * top_k + word; }
+};
+
+// This rank's chunks that a launch sends.
+struct SentChunks {
+    int64_t begin, end;
+
+    __device__ SentChunks(const DispatchParams& params, int64_t ring_groups) {
+        const int64_t total = num_chunks(params.rows.num_tokens);
+        begin = params.laps == Laps::kLater ? min(ring_groups, total) : 0;
+        end = params.laps == Laps::kFirst ? min(ring_groups, total) : total;
+    }
 };
 
 // Returns the expert of one choice of this rank's tokens, -1 for none.
@@ -122,12 +134,13 @@ struct Pieces {
 // Walks the pieces of a worker's rows that leave this rank, in order.
 class SendCursor {
 public:
-    __device__ SendCursor(const RowParams& rows, uint32_t peers, Worker worker, const Pieces& pieces)
-        : rows_(rows), peers_(peers), worker_(worker), pieces_(pieces), chunk_(worker.first), idx_(-1) {
+    __device__ SendCursor(const RowParams& rows, uint32_t peers, int64_t first, int64_t end, int64_t stride,
+                          const Pieces& pieces)
+        : rows_(rows), peers_(peers), end_(end), stride_(stride), pieces_(pieces), chunk_(first), idx_(-1) {
         find_token();
     }
 
-    __device__ bool is_done() const { return chunk_ >= num_chunks(rows_.num_tokens); }
+    __device__ bool is_done() const { return chunk_ >= end_; }
     __device__ int64_t chunk() const { return chunk_; }
     __device__ int idx_in_chunk() const { return idx_; }
     __device__ int64_t token() const { return chunk_ * kChunkTokens + idx_; }
@@ -144,7 +157,7 @@ private:
         for (;;) {
             if (++idx_ == kChunkTokens) {
                 idx_ = 0;
-                chunk_ += worker_.stride;
+                chunk_ += stride_;
             }
             if (is_done()) return;
             ranks_ = token() < rows_.num_tokens ? rows_.token_ranks[token()] & peers_ : 0;
@@ -154,7 +167,7 @@ private:
 
     const RowParams& rows_;
     const uint32_t peers_;
-    const Worker worker_;
+    const int64_t end_, stride_;
     const Pieces& pieces_;
     int64_t chunk_;
     int idx_, piece_ = 0;
@@ -190,15 +203,17 @@ __device__ void send_rows_bulk(const DispatchParams& params, const WarpShared& s
                                Worker worker) {
     const Link& link = params.link;
     const RecordDims dims{params.rows.row_bytes, params.rows.meta_words};
-    const int64_t ring_groups = num_ring_groups(link.payload_bytes, dims), total = num_chunks(params.rows.num_tokens);
+    const int64_t ring_groups = num_ring_groups(link.payload_bytes, dims);
+    const SentChunks sent_chunks(params, ring_groups);
     const uint64_t epoch = link.state->epoch;
     const int lane = threadIdx.x % kWarpSize;
     const uint32_t peers = ~(1u << link.rank);
     const Pieces pieces(params.rows.row_bytes);
-    SendCursor load(params.rows, peers, worker, pieces), store(params.rows, peers, worker, pieces);
+    const int64_t first = sent_chunks.begin + worker.first;
+    SendCursor load(params.rows, peers, first, sent_chunks.end, worker.stride, pieces), store = load;
     PendingFlags pending;
     bool good = true;
-    for (int64_t chunk = worker.first; chunk < total && good; chunk += worker.stride) {
+    for (int64_t chunk = first; chunk < sent_chunks.end && good; chunk += worker.stride) {
         const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
         // NOTE: a peer may wait for the flags that are still pending before it makes room.
         if (lap > 0 && lane == 0) pending.flush(link, epoch, ring_groups);
@@ -254,9 +269,10 @@ template <class From>
 __device__ void send_rows(const DispatchParams& params, Worker worker) {
     const Link& link = params.link;
     const RecordDims dims{params.rows.row_bytes, params.rows.meta_words};
-    const int64_t ring_groups = num_ring_groups(link.payload_bytes, dims), total = num_chunks(params.rows.num_tokens);
+    const int64_t ring_groups = num_ring_groups(link.payload_bytes, dims);
+    const SentChunks sent_chunks(params, ring_groups);
     const uint64_t epoch = link.state->epoch;
-    for (int64_t chunk = worker.first; chunk < total; chunk += worker.stride) {
+    for (int64_t chunk = sent_chunks.begin + worker.first; chunk < sent_chunks.end; chunk += worker.stride) {
         const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
         if (!device::wait_for_room(link, epoch, slot, lap)) return;
         const device::ChunkPart part = device::read_chunk(params.rows, link.num_ranks, chunk);
@@ -671,13 +687,19 @@ template <bool kBulk, class From>
 void launch(const DispatchParams& params, cudaStream_t stream) {
     constexpr int kWarps = kBulk ? device::kPipeWarps : kVectorWarps;
     const int64_t shared_bytes = kWarps * WarpShared(nullptr, kBulk, params.rows.top_k).num_bytes;
-    const auto kernel = dispatch_rows<kBulk, From>;
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-        "cudaFuncSetAttribute(dispatch_rows)");
     const int num_blocks = params.num_senders + params.num_placers;
-    kernel<<<num_blocks, kWarps * kWarpSize, static_cast<size_t>(shared_bytes), stream>>>(params);
+    dispatch_rows<kBulk, From><<<num_blocks, kWarps * kWarpSize, static_cast<size_t>(shared_bytes), stream>>>(params);
     check_cuda(cudaGetLastError(), "dispatch_rows");
+}
+
+// Loads a kernel and allows it the shared memory of the largest K.
+template <bool kBulk, class From>
+void prepare() {
+    constexpr int kWarps = kBulk ? device::kPipeWarps : kVectorWarps;
+    const int64_t shared_bytes = kWarps * WarpShared(nullptr, kBulk, kMaxTopK).num_bytes;
+    check_cuda(cudaFuncSetAttribute(dispatch_rows<kBulk, From>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               "cudaFuncSetAttribute(dispatch_rows)");
 }
 
 template <class Index>
@@ -690,6 +712,21 @@ __global__ void drop_choices(Index* topk_idx, const int32_t* idx_in_expert, cons
 }
 
 }  // namespace
+
+void prepare_dispatch() {
+    int device = 0, major = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    // Earlier GPUs have neither the copy engine's instructions nor that much shared memory.
+    if (major >= 9) prepare<true, NoCast>();
+    prepare<false, NoCast>();
+    prepare<false, __nv_bfloat16>();
+    prepare<false, __half>();
+    prepare<false, float>();
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, drop_choices<int32_t>), "cudaFuncGetAttributes(drop_choices)");
+    check_cuda(cudaFuncGetAttributes(&attributes, drop_choices<int64_t>), "cudaFuncGetAttributes(drop_choices)");
+}
 
 void launch_dispatch(const DispatchParams& params, bool bulk, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);

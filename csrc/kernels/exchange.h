@@ -7,6 +7,13 @@ namespace moe_ep {
 // All of them only enqueue work on a stream of the current device. `stream` is a cudaStream_t; raise LibraryError when
 // CUDA refuses a launch.
 
+// Loads every kernel of an exchange. A first launch would otherwise load it, which waits for the kernels that run, and
+// those may wait for a peer that waits for this launch.
+void prepare_kernels();
+void prepare_open();
+void prepare_dispatch();
+void prepare_combine();
+
 // Compares headers with all peers and, for a dispatch, exchanges counts and writes the plan's table.
 void launch_open(const OpenParams& params, void* stream);
 

@@ -277,6 +277,17 @@ __global__ void __launch_bounds__(kThreads) open_exchange(const __grid_constant_
 
 }  // namespace
 
+void prepare_open() {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, open_exchange), "cudaFuncGetAttributes(open_exchange)");
+}
+
+void prepare_kernels() {
+    prepare_open();
+    prepare_dispatch();
+    prepare_combine();
+}
+
 void launch_open(const OpenParams& params, void* stream) {
     const size_t shared_bytes = params.choices_per_expert == nullptr ? 0 : params.num_experts * sizeof(int32_t);
     open_exchange<<<1, kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);

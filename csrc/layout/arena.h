@@ -74,6 +74,8 @@ private:
 // Groups that fit the ring of one source.
 MOE_EP_HOST_DEVICE int64_t num_ring_groups(int64_t payload_bytes, const RecordDims& dims) {
     const int64_t groups = payload_bytes / GroupLayout(nullptr, dims).num_bytes;
+    // A single rank has no rings, and nobody asks where in them a group is.
+    if (groups < 1) return 1;
     return groups < kMaxRingGroups ? groups : kMaxRingGroups;
 }
 

@@ -131,6 +131,9 @@ struct RowParams {
     int64_t num_tokens;           // T
 };
 
+// Which laps round the rings a launch sends: the first one needs no room to be made by peers, and so never waits.
+enum class Laps : int32_t { kAll = 0, kFirst = 1, kLater = 2 };
+
 enum class Cast : int32_t { kNone = 0, kFromBf16 = 1, kFromHalf = 2, kFromFloat = 3 };
 
 struct DispatchParams {
@@ -138,7 +141,8 @@ struct DispatchParams {
     RowParams rows;
     int32_t num_senders;  // blocks that send; they come first
     int32_t num_placers;  // blocks that place
-    int32_t with_plan;    // metadata travels and the plan is written; otherwise it is replayed
+    Laps laps;
+    int32_t with_plan;  // metadata travels and the plan is written; otherwise it is replayed
     Layout layout;
     Cast cast;  // to fp8 for the wire, and back
     // Sending
@@ -159,7 +163,6 @@ struct DispatchParams {
     int64_t* out_topk_idx;  // [num_rows, K] local ids (compact rows)
     int32_t* out_source;    // [N] token index at the source
     int32_t zero_padding;   // whether rows between a group's last and its end become zero
-    int64_t fixed_group;    // rows of every group, 0 where groups are packed
 };
 
 enum class Element : int32_t { kBf16 = 0, kHalf = 1, kFloat = 2, kDouble = 3 };

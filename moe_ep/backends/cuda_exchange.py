@@ -6,12 +6,14 @@ torch backend; sums differ by rounding alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
-from moe_ep.backends.cuda_link import CudaJob, CudaLink, aligned, pointer
+from moe_ep.backends.cuda_link import CudaJob, CudaLink, Flight, aligned, pointer
 from moe_ep.backends.cuda_outputs import WORD_BYTES, Counts, Outputs
 from moe_ep.backends.cuda_plan import table_layout
 from moe_ep.backends.types import Dispatch
@@ -24,6 +26,7 @@ _CASTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 # Blocks that send and blocks that place or reduce, by what is placed, until a number of SMs is given.
 _DEFAULT_SPLIT = {"compact": (8, 8), "expanded": (8, 16), "slab": (8, 16), "combine": (12, 12)}
 _HOPPER = (9, 0)
+_FIRST_LAP, _LATER_LAPS = 1, 2
 
 
 class CudaBackend:
@@ -54,6 +57,8 @@ class CudaBackend:
     def reset(self) -> None:
         """Go on after a failure. Collective."""
         self.link.reset()
+        # Ranks that failed have not launched the same dispatches; the incarnation tells plans apart.
+        self._serial = 0
 
     # Sizes
 
@@ -73,6 +78,18 @@ class CudaBackend:
         else:
             self.reserved_tokens = max(self.reserved_tokens, self.agree_tokens(num_tokens))
         self.link.reserve(self.reserved_tokens, row_bytes, meta_words)
+
+    def num_laps(self, max_tokens: int, record: tuple[int, int]) -> int:
+        """How often an exchange goes round the rings.
+
+        Args:
+            max_tokens: largest T of any rank.
+            record: bytes of a row and words of metadata as they travel.
+        """
+        if self.control.size == 1:
+            return 1
+        chunks = -(-max_tokens // self._extension.CHUNK_TOKENS)
+        return -(-chunks // self.link.ring_groups(*record))
 
     def agree_tokens(self, num_tokens: int) -> int:
         """The largest T of any rank. Collective."""
@@ -116,7 +133,6 @@ class CudaBackend:
         idx_in_rank = _int32(device, num_tokens, num_ranks)
         token_ranks = _int32(device, num_tokens)
         table = _int32(device, table_layout(num_ranks, num_experts)["num_words"])
-        host_counts = torch.empty(spec.num_local_experts, dtype=torch.int32, pin_memory=True) if exact else None
         rows_limit, per_expert = self._capacity(spec, max_tokens)
         drop = spec.capacity is not None and spec.on_overflow == "drop"
         if drop:
@@ -158,7 +174,6 @@ class CudaBackend:
                 drop=drop,
                 table=table.data_ptr(),
                 received_total=0 if dropping else pointer(totals),
-                host_counts=pointer(host_counts),
                 tell_sizes=exact,
                 stream=stream,
             )
@@ -172,8 +187,9 @@ class CudaBackend:
                     num_experts=num_experts,
                     stream=stream,
                 )
-        keep = (temp, in_rank, workspace, host_counts)
-        return Counts(topk_idx, idx_in_expert, idx_in_rank, token_ranks, table, host_counts, ticket, None, keep)
+        keep = (temp, in_rank, workspace)
+        local = spec.num_local_experts
+        return Counts(topk_idx, idx_in_expert, idx_in_rank, token_ranks, table, local, ticket, None, None, keep)
 
     def _capacity(self, spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:
         """Rows of this rank's output and rows of every group; 0 where not limited or fixed."""
@@ -259,8 +275,8 @@ class CudaBackend:
             scale_stride=0 if scales is None else scales.stride(0),
             scale_word_stride=0 if scales is None else scales.stride(1),
         )
-        like = (x, scales, topk_weights)
-        out = Outputs(self.control.incarnation, spec, like, counts, owner, self._serial, arguments, with_source)
+        like, record = (x, scales, topk_weights), (row_bytes, meta_words)
+        out = Outputs(self.control.incarnation, spec, like, record, counts, owner, self._serial, arguments, with_source)
         senders, placers = self._split(spec.layout, num_sms)
         bulk, keep = self.bulk and cast == 0, (x, scales, topk_idx, topk_weights, counts, out)
         if max_tokens or counts.sizes is not None:
@@ -280,30 +296,19 @@ class CudaBackend:
             return CudaJob(land)
         opened = torch.cuda.Event()
         opened.record(self.link.stream)
+        # What is sent before the sizes are known must not wait for peers, which may wait for this host.
         self.link.channel.dispatch(
-            arguments, num_senders=senders, num_placers=0, bulk=bulk, stream=self.link.stream.cuda_stream
+            arguments,
+            num_senders=senders,
+            num_placers=0,
+            laps=_FIRST_LAP,
+            bulk=bulk,
+            stream=self.link.stream.cuda_stream,
         )
         flight = self.link.end(current, keep)
-
-        def place() -> Dispatch:
-            sizes = self.link.wait_sizes(counts.ticket)
-            self.max_tokens = max(self.max_tokens, sizes[2])
-            here = torch.cuda.current_stream(self.link.device)
-            result = out.allocate(*sizes)
-            stream = self.link.place_stream
-            stream.wait_event(opened)
-            stream.wait_stream(here)
-            self.link.channel.dispatch(
-                arguments, num_senders=0, num_placers=placers, bulk=bulk, stream=stream.cuda_stream
-            )
-            # Later exchanges come after this one's rows are placed.
-            self.link.stream.wait_stream(stream)
-            landing = self.link.end(here, (*keep, result))
-            self.link.land(landing)
-            self.link.land(flight)
-            return result
-
-        return CudaJob(place)
+        placing = _Placing(self, counts, out, arguments, (senders, placers), bulk, opened, (flight, keep))
+        self.link.defer(placing.place)
+        return CudaJob(placing.land)
 
     def replay(
         self,
@@ -436,6 +441,69 @@ class CudaBackend:
             return out, out_values
 
         return CudaJob(land)
+
+
+class _Placing:
+    """The second half of a dispatch whose sizes the host has to learn first."""
+
+    def __init__(
+        self,
+        backend: CudaBackend,
+        counts: Counts,
+        out: Outputs,
+        arguments: Any,
+        split: tuple[int, int],
+        bulk: bool,
+        opened: torch.cuda.Event,
+        launched: tuple[Flight, tuple[Any, ...]],
+    ) -> None:
+        self._backend = backend
+        self._counts = counts
+        self._out = out
+        self._arguments = arguments
+        self._split = split
+        self._bulk = bulk
+        self._opened = opened
+        self._flight, self._keep = launched
+        self._result: Dispatch | None = None
+        self._flights: tuple[Flight, ...] = ()
+
+    def place(self) -> None:
+        """Wait for the sizes, allocate on the current stream, and launch."""
+        link, counts = self._backend.link, self._counts
+        try:
+            sizes = link.wait_sizes(counts.ticket)
+        finally:
+            link.placed(self.place)
+        counts.host_counts = link.channel.host_counts(counts.ticket, counts.num_local_experts)
+        self._backend.max_tokens = max(self._backend.max_tokens, sizes[2])
+        here = torch.cuda.current_stream(link.device)
+        self._result = self._out.allocate(*sizes)
+        stream = link.place_stream
+        stream.wait_event(self._opened)
+        stream.wait_stream(here)
+        # Later laps are sent and placed by one launch, so that senders never wait for placers that are not there.
+        laps = self._backend.num_laps(sizes[2], self._out.record)
+        self._backend.link.channel.dispatch(
+            self._arguments,
+            num_senders=self._split[0] if laps > 1 else 0,
+            num_placers=self._split[1],
+            laps=_LATER_LAPS,
+            bulk=self._bulk,
+            stream=stream.cuda_stream,
+        )
+        # Later exchanges come after this one's rows are placed.
+        link.stream.wait_stream(stream)
+        self._flights = (link.end(here, (*self._keep, self._result)), self._flight)
+
+    def land(self) -> Dispatch:
+        """Make the current stream wait for the rows."""
+        if self._result is None:
+            self.place()
+        assert self._result is not None
+        for flight in self._flights:
+            self._backend.link.land(flight)
+        return self._result
 
 
 def _int32(device: torch.device, *sizes: int) -> Tensor:

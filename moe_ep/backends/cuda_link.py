@@ -98,6 +98,7 @@ class CudaLink:
         self.stream = torch.cuda.Stream(self.device, priority=-1)
         self.place_stream = torch.cuda.Stream(self.device, priority=-1)
         self._flights: list[Flight] = []
+        self._unplaced: list[Callable[[], None]] = []
         self._overflows = 0
         self._broken: MoeEpError | None = None
         self._calls = 0
@@ -116,6 +117,11 @@ class CudaLink:
     def group_bytes(self, row_bytes: int, meta_words: int) -> int:
         """Bytes of one group of rows in a ring."""
         return int(self._extension.group_layout(row_bytes=row_bytes, meta_words=meta_words)["num_bytes"])
+
+    def ring_groups(self, row_bytes: int, meta_words: int) -> int:
+        """Groups that each source's ring holds."""
+        told = self._extension.group_layout(row_bytes=row_bytes, meta_words=meta_words)
+        return max(min(self.payload_bytes // told["num_bytes"], told["max_ring_groups"]), 1)
 
     def payload_for(self, max_tokens: int, row_bytes: int, meta_words: int) -> int:
         """Bytes of each source's ring for exchanges of these sizes; the same on all ranks."""
@@ -196,16 +202,32 @@ class CudaLink:
         self._broken = None
         self._overflows = 0 if self.channel is None else int(self.channel.overflow()[0])
         self._flights.clear()
+        self._unplaced.clear()
 
     # Exchanges
 
     def begin(self) -> torch.cuda.Stream:
-        """Order the communication stream after the current one, which is returned."""
+        """Order the communication stream after the current one, which is returned.
+
+        Rows of dispatches that nobody has waited for are placed first: peers take the next exchange for a sign that the
+        rings are free again.
+        """
+        while self._unplaced:
+            self._unplaced[0]()
         current = torch.cuda.current_stream(self.device)
         if not torch.cuda.is_current_stream_capturing():
             self._flights = [one for one in self._flights if one.captured or not one.event.query()]
         self.stream.wait_stream(current)
         return current
+
+    def defer(self, place: Callable[[], None]) -> None:
+        """Call ``place`` before the next exchange, unless :meth:`placed` says that it was done."""
+        self._unplaced.append(place)
+
+    def placed(self, place: Callable[[], None]) -> None:
+        """What was deferred is done, or has failed."""
+        if place in self._unplaced:
+            self._unplaced.remove(place)
 
     def end(self, current: torch.cuda.Stream, keep: tuple[Any, ...]) -> Flight:
         """Mark the end of what was launched since :meth:`begin`, and keep its tensors until then."""

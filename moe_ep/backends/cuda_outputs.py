@@ -28,9 +28,10 @@ class Counts:
         idx_in_rank: int32 [T, R].
         token_ranks: int32 [T].
         table: int32, of the plan.
-        host_counts: int32 [e], pinned; None with a capacity.
+        num_local_experts: e.
         ticket: of the sizes; 0 with a capacity.
         sizes: (layout rows, received rows, largest T), once the host knows them.
+        host_counts: [e] received choices of each local expert, once the host knows them.
         keep: temporaries that outlive the launch.
     """
 
@@ -39,9 +40,10 @@ class Counts:
     idx_in_rank: Tensor
     token_ranks: Tensor
     table: Tensor
-    host_counts: Tensor | None
+    num_local_experts: int
     ticket: int
     sizes: tuple[int, int, int] | None
+    host_counts: list[int] | None
     keep: tuple[Any, ...]
 
 
@@ -49,10 +51,10 @@ class HostGroups(NamedTuple):
     """What the host knows of this rank's groups.
 
     Attributes:
-        counts: int32 [e] rows of each local expert, pinned; None with a capacity.
+        counts: [e] rows of each local expert; None with a capacity.
     """
 
-    counts: Tensor | None
+    counts: list[int] | None
 
 
 class Outputs:
@@ -63,6 +65,7 @@ class Outputs:
         incarnation: int,
         spec: ExchangeSpec,
         like: tuple[Tensor, Tensor | None, Tensor | None],
+        record: tuple[int, int],
         counts: Counts,
         owner: int,
         serial: int,
@@ -72,6 +75,7 @@ class Outputs:
         self._incarnation = incarnation
         self._spec = spec
         self._like = like
+        self.record = record
         self._counts = counts
         self._owner = owner
         self._serial = serial

@@ -10,6 +10,7 @@
 #include "host/checks.h"
 #include "host/cuda_check.h"
 #include "kernels/exchange.h"
+#include "layout/plan.h"
 
 namespace moe_ep {
 namespace {
@@ -39,6 +40,10 @@ Channel::Channel(const std::vector<std::byte*>& arenas, int rank, int64_t payloa
     check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&sizes_), kNumSizeSlots * sizeof(SizeWords), cudaHostAllocMapped),
                "cudaHostAlloc(SizeWords)");
     std::memset(sizes_, 0, kNumSizeSlots * sizeof(SizeWords));
+    check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&counts_), kNumSizeSlots * kMaxExperts * sizeof(int32_t),
+                             cudaHostAllocMapped),
+               "cudaHostAlloc(counts)");
+    prepare_kernels();
     reset(0);
 }
 
@@ -47,6 +52,7 @@ Channel::~Channel() {
     cudaFree(link_.state);
     cudaFreeHost(link_.status);
     cudaFreeHost(sizes_);
+    cudaFreeHost(counts_);
 }
 
 void Channel::set_timeout_s(double seconds) {
@@ -64,6 +70,7 @@ int64_t Channel::open_dispatch(OpenParams& params, bool tell_sizes, void* stream
     if (tell_sizes) {
         params.ticket = next_ticket_++;
         params.sizes = sizes_ + params.ticket % kNumSizeSlots;
+        params.host_counts = counts_ + params.ticket % kNumSizeSlots * kMaxExperts;
     }
     launch_open(params, stream);
     return params.ticket;
@@ -97,6 +104,11 @@ std::optional<Channel::Sizes> Channel::wait_sizes(int64_t ticket, double seconds
     // The sizes were written before the ticket.
     std::atomic_thread_fence(std::memory_order_acquire);
     return Sizes{read_word(words.num_rows), read_word(words.num_received), read_word(words.max_tokens)};
+}
+
+std::vector<int32_t> Channel::host_counts(int64_t ticket, int count) const {
+    const int32_t* counts = counts_ + ticket % kNumSizeSlots * kMaxExperts;
+    return {counts, counts + count};
 }
 
 StatusWords Channel::status() const {

@@ -27,6 +27,7 @@ public:
 
     using Sizes = std::tuple<int64_t, int64_t, int64_t>;
     std::optional<Sizes> wait_sizes(int64_t ticket, double seconds) const;
+    std::vector<int32_t> host_counts(int64_t ticket, int count) const;
 
     // What went wrong first since the last reset, and capacities that did not hold.
     StatusWords status() const;
@@ -38,11 +39,12 @@ public:
 
 private:
     // Dispatches whose sizes nobody has asked for yet.
-    static constexpr int64_t kNumSizeSlots = 4096;
+    static constexpr int64_t kNumSizeSlots = 128;
 
     Link link_{};
     int device_;
     SizeWords* sizes_ = nullptr;
+    int32_t* counts_ = nullptr;  // [kNumSizeSlots][kMaxExperts]
     int64_t next_ticket_ = 1;
 };
 
