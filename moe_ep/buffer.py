@@ -203,7 +203,7 @@ class Buffer(InternodeCalls):
 
     def _make_backend(self, backend: str) -> tuple[TorchBackend | CudaBackend, str]:
         """The backend that was asked for, or the one that all ranks can use, and why. Collective."""
-        reason = "asked for" if backend == "torch" else _why_not_cuda(self.group, backend)
+        reason = "asked for" if backend == "torch" else _why_not_cuda(backend)
         if backend != "torch":
             told = self.control.open(Call("settings"), torch.tensor([int(reason is None)], device="cpu"))
             if reason is None and not bool(told.all()):
@@ -415,14 +415,10 @@ def _timeout(timeout_s: float | None) -> tuple[float, ValueError | None]:
     return value, None
 
 
-def _why_not_cuda(group: dist.ProcessGroup | None, backend: str) -> str | None:
+def _why_not_cuda(backend: str) -> str | None:
     """Why this rank cannot or should not use the CUDA backend; None where it should."""
     if backend == "auto":
-        # NOTE: a group for CPU tensors alone says that its ranks exchange those, whatever GPUs there are.
-        if group is None:
-            return "a single rank exchanges with nobody"
-        if torch.device("cuda") not in group._device_types:
-            return "the group is not one for CUDA tensors"
+        return 'the CUDA backend is new and has to be asked for with backend="cuda"'
     try:
         _require_cuda()
     except NotBuiltError as error:
