@@ -54,6 +54,7 @@ class MoELayer(nn.Module):
         on_overflow: ``"raise"`` or ``"drop"``.
         max_tokens_per_rank: most tokens of a forward on any rank; slabs need it.
         backend: of the exchanges.
+        sm_budget: SMs that GEMMs leave to exchanges in flight, see :class:`moe_ep.TokenDispatcher`.
         timeout_s: of the exchanges, seconds.
         seed: of the parameters.
         layer_idx: which layer of the model this is.
@@ -99,6 +100,7 @@ class MoELayer(nn.Module):
         on_overflow: Literal["raise", "drop"] = "raise",
         max_tokens_per_rank: int | None = None,
         backend: Literal["auto", "torch", "cuda"] = "auto",
+        sm_budget: int | None = None,
         timeout_s: float | None = None,
         seed: int = 0,
         layer_idx: int = 0,
@@ -126,6 +128,7 @@ class MoELayer(nn.Module):
             on_overflow=on_overflow,
             max_tokens_per_rank=None if max_tokens_per_rank is None else -(-max_tokens_per_rank // num_chunks),
             backend=backend,
+            sm_budget=sm_budget,
             timeout_s=timeout_s,
         )
         # What hooks are told.

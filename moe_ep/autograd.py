@@ -48,7 +48,8 @@ class DispatchExchange:
         """Start it."""
         self.seq = self.exchanger.next_seq()
         with self.exchanger.overlapped():
-            self.job = self.exchanger.dispatch(x, topk_idx, topk_weights, planned)
+            job = self.exchanger.dispatch(x, topk_idx, topk_weights, planned)
+        self.job = self.exchanger.sm_budget.hold(job, topk_idx.device)
         self.exchanger.fire("dispatch_launched", self.seq)
 
     def wait(self) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,7 @@ class DispatchExchange:
         with self.exchanger.overlapped():
             plan = Plan.from_tensors(plan_tensors)
             job = self.exchanger.combine_grads(grads.contiguous(), weight_grads.contiguous(), plan)
-        self.backward_job = job
+        self.backward_job = self.exchanger.sm_budget.hold(job, grads.device)
         self.exchanger.fire("backward_dispatch_launched", self.backward_seq)
 
     def row_dtype(self, rows: Tensor) -> torch.dtype:
@@ -94,7 +95,8 @@ class CombineExchange:
         """Start it."""
         self.seq = self.exchanger.next_seq()
         with self.exchanger.overlapped():
-            self.job = self.exchanger.combine(y, row_weights, self.handle.plan)
+            job = self.exchanger.combine(y, row_weights, self.handle.plan)
+        self.job = self.exchanger.sm_budget.hold(job, y.device)
         self.exchanger.fire("combine_launched", self.seq)
 
     def wait(self) -> Tensor:
@@ -107,7 +109,8 @@ class CombineExchange:
         """Start the reversed exchange."""
         self.backward_seq = self.exchanger.next_seq()
         with self.exchanger.overlapped():
-            self.backward_job = self.exchanger.replay(grad.contiguous(), Plan.from_tensors(plan_tensors))
+            job = self.exchanger.replay(grad.contiguous(), Plan.from_tensors(plan_tensors))
+        self.backward_job = self.exchanger.sm_budget.hold(job, grad.device)
         self.exchanger.fire("backward_combine_launched", self.backward_seq)
 
     def wait_backward(self) -> Tensor:

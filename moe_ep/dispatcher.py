@@ -22,6 +22,7 @@ from moe_ep.handle import DispatchHandle
 from moe_ep.hooks import Hook, HookHandle
 from moe_ep.ops import are_transparent, run_combine, run_dispatch
 from moe_ep.results import Dispatched, PendingCombine, PendingDispatch, dispatched, dispatched_plainly
+from moe_ep.sm_budget import SmBudget, check_sm_budget
 from moe_ep.validate import check_dispatcher
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -48,6 +49,8 @@ class TokenDispatcher(nn.Module):
         buffer: to exchange through; None shares the group's.
         backend: ``"auto"``, ``"torch"`` or ``"cuda"``.
         num_sms: SMs of each exchange; None takes the measured default.
+        sm_budget: SMs that torch's GEMMs leave free between launch and wait of an asynchronous exchange, through its
+            experimental carve-out, which announces itself with a warning; None for none. No effect on a CPU.
         wire_dtype: ``torch.float8_e4m3fn`` casts rows for the wire; they arrive in ``dtype`` again.
         expert_map: int32 [E_logical, max_replicas] physical ids, -1 after the last; ids are then logical.
         timeout_s: bound of every wait in seconds; None takes ``MOE_EP_TIMEOUT_S``, else 600.
@@ -83,6 +86,7 @@ class TokenDispatcher(nn.Module):
         buffer: Buffer | None = None,
         backend: str = "auto",
         num_sms: int | None = None,
+        sm_budget: int | None = None,
         wire_dtype: torch.dtype | None = None,
         expert_map: Tensor | None = None,
         timeout_s: float | None = None,
@@ -100,6 +104,7 @@ class TokenDispatcher(nn.Module):
         self.on_overflow = on_overflow
         self.max_tokens_per_rank = max_tokens_per_rank
         self.num_sms = num_sms
+        self.sm_budget = sm_budget
         self.wire_dtype = wire_dtype
         self.timeout_s = timeout_s
         self.validate = validate
@@ -156,10 +161,16 @@ class TokenDispatcher(nn.Module):
         expert_map = self._expert_map
         replicas = expert_map.tolist() if isinstance(expert_map, Tensor) else expert_map
         detail = f"{spec.describe()}, expert_map={replicas}"
-        buffer.agree(detail, lambda: check_dispatcher(spec, expert_map, self.num_sms))
+
+        def check() -> None:
+            check_dispatcher(spec, expert_map, self.num_sms)
+            check_sm_budget(self.sm_budget)
+
+        buffer.agree(detail, check)
         validate = buffer.backend_name == "torch" if self.validate is None else self.validate
         hooks = None if self._exchanger is None else self._exchanger.hooks
         self._exchanger = make_exchanger(buffer, spec, expert_map, validate, hooks=hooks, num_sms=self.num_sms)
+        self._exchanger.sm_budget = SmBudget(self.sm_budget)
         self._id = self._exchanger.id
         self._settings = spec
 
@@ -211,6 +222,7 @@ class TokenDispatcher(nn.Module):
             copy._exchanger = make_exchanger(
                 source.buffer, source.spec, source.expert_map, source.validate, source.number, num_sms=copy.num_sms
             )
+            copy._exchanger.sm_budget = source.sm_budget
             copy._id = copy._exchanger.id
         return copy
 

@@ -25,6 +25,7 @@ from moe_ep.events import Job
 from moe_ep.handle import Overflow, Plan
 from moe_ep.hooks import Hooks
 from moe_ep.plan import logical_to_physical
+from moe_ep.sm_budget import SmBudget
 from moe_ep.validate import check_chunk, check_layout_rows, check_routing, check_row_weights, check_rows
 
 _CPU = torch.device("cpu")
@@ -62,6 +63,7 @@ class Exchanger:
         self.number = buffer.next_dispatcher() if number is None else number
         self.id = register(self)
         self.hooks = Hooks() if hooks is None else hooks
+        self.sm_budget = SmBudget(None)
         self._seq = 0
         self._first_tokens: int | None = None
         self.overlap = False
