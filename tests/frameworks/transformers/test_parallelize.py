@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_ep.integrations.fsdp import clip_grad_norm_
@@ -24,7 +26,7 @@ from moe_ep.integrations.transformers import (
 )
 from moe_ep.testing import RankContext
 from tests.frameworks.transformers.faults import FAULTS, planted
-from tests.frameworks.transformers.models import FAMILIES, loss_of, make_config, make_model, saved_model
+from tests.frameworks.transformers.models import FAMILIES, loss_of, make_config, make_model, saved_model, whole
 from tests.frameworks.transformers.spread import (
     gather_of,
     make_groups,
@@ -344,3 +346,23 @@ def replaced(ctx: RankContext) -> None:
 
 def test_replaced_parameters_are_noticed(ranks) -> None:
     ranks(2, replaced)
+
+
+def check_fsdp(ctx: RankContext, theirs: list[Run], path: str) -> None:
+    """FSDP2 around everything but experts; around experts too, which would mix different ones, it is refused."""
+    model = parallelize(load(path))
+    gather = gather_of(model)
+    own = dict(expert_parameters(model))
+    fully_shard(model, mesh=DeviceMesh.from_group(ctx.group, "cpu"), ignored_params=set(own.values()))
+    loss_of(model, ids_of(ctx.rank, 0)).backward()
+    grads = {name: whole(p.grad) for name, p in model.named_parameters()}
+    for name, grad in gather(grads).items():
+        torch.testing.assert_close(grad, theirs[0].grads[name], **CLOSE, msg=name)
+    wrong = fully_shard(parallelize(load(path)), mesh=DeviceMesh.from_group(ctx.group, "cpu"))
+    with pytest.raises(ValueError, match="replaced or added after parallelize"):
+        loss_of(wrong, ids_of(ctx.rank, 0))
+
+
+def test_fsdp_around_everything_but_experts(ranks) -> None:
+    path = saved_model("mixtral", 3)
+    ranks(2, check_fsdp, reference(path, 2), path)
