@@ -6,15 +6,14 @@ torch backend; sums differ by rounding alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
-from moe_ep.backends.cuda_link import CudaJob, CudaLink, Flight, aligned, pointer
+from moe_ep.backends.cuda_link import CudaJob, CudaLink, aligned, pointer
 from moe_ep.backends.cuda_outputs import WORD_BYTES, Counts, Outputs
+from moe_ep.backends.cuda_placing import FIRST_LAP, Placing
 from moe_ep.backends.cuda_plan import table_layout
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import FP8_GROUP, ExchangeSpec
@@ -26,7 +25,6 @@ _CASTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 # Blocks that send and blocks that place or reduce, by what is placed, until a number of SMs is given.
 _DEFAULT_SPLIT = {"compact": (8, 8), "expanded": (8, 16), "slab": (8, 16), "combine": (12, 12)}
 _HOPPER = (9, 0)
-_FIRST_LAP, _LATER_LAPS = 1, 2
 
 
 class CudaBackend:
@@ -275,8 +273,8 @@ class CudaBackend:
             scale_stride=0 if scales is None else scales.stride(0),
             scale_word_stride=0 if scales is None else scales.stride(1),
         )
-        like, record = (x, scales, topk_weights), (row_bytes, meta_words)
-        out = Outputs(self.control.incarnation, spec, like, record, counts, owner, self._serial, arguments, with_source)
+        like = (x, scales, topk_weights)
+        out = Outputs(self.control.incarnation, spec, like, counts, owner, self._serial, arguments, with_source)
         senders, placers = self._split(spec.layout, num_sms)
         bulk, keep = self.bulk and cast == 0, (x, scales, topk_idx, topk_weights, counts, out)
         if max_tokens or counts.sizes is not None:
@@ -301,12 +299,18 @@ class CudaBackend:
             arguments,
             num_senders=senders,
             num_placers=0,
-            laps=_FIRST_LAP,
+            laps=FIRST_LAP,
             bulk=bulk,
             stream=self.link.stream.cuda_stream,
         )
         flight = self.link.end(current, keep)
-        placing = _Placing(self, counts, out, arguments, (senders, placers), bulk, opened, (flight, keep))
+
+        def note_sizes(max_tokens: int) -> int:
+            self.max_tokens = max(self.max_tokens, max_tokens)
+            return self.num_laps(max_tokens, (row_bytes, meta_words))
+
+        split, launched = (senders, placers), (flight, keep)
+        placing = Placing(self.link, note_sizes, counts, out, arguments, split, bulk, opened, launched)
         self.link.defer(placing.place)
         return CudaJob(placing.land)
 
@@ -441,69 +445,6 @@ class CudaBackend:
             return out, out_values
 
         return CudaJob(land)
-
-
-class _Placing:
-    """The second half of a dispatch whose sizes the host has to learn first."""
-
-    def __init__(
-        self,
-        backend: CudaBackend,
-        counts: Counts,
-        out: Outputs,
-        arguments: Any,
-        split: tuple[int, int],
-        bulk: bool,
-        opened: torch.cuda.Event,
-        launched: tuple[Flight, tuple[Any, ...]],
-    ) -> None:
-        self._backend = backend
-        self._counts = counts
-        self._out = out
-        self._arguments = arguments
-        self._split = split
-        self._bulk = bulk
-        self._opened = opened
-        self._flight, self._keep = launched
-        self._result: Dispatch | None = None
-        self._flights: tuple[Flight, ...] = ()
-
-    def place(self) -> None:
-        """Wait for the sizes, allocate on the current stream, and launch."""
-        link, counts = self._backend.link, self._counts
-        try:
-            sizes = link.wait_sizes(counts.ticket)
-        finally:
-            link.placed(self.place)
-        counts.host_counts = link.channel.host_counts(counts.ticket, counts.num_local_experts)
-        self._backend.max_tokens = max(self._backend.max_tokens, sizes[2])
-        here = torch.cuda.current_stream(link.device)
-        self._result = self._out.allocate(*sizes)
-        stream = link.place_stream
-        stream.wait_event(self._opened)
-        stream.wait_stream(here)
-        # Later laps are sent and placed by one launch, so that senders never wait for placers that are not there.
-        laps = self._backend.num_laps(sizes[2], self._out.record)
-        self._backend.link.channel.dispatch(
-            self._arguments,
-            num_senders=self._split[0] if laps > 1 else 0,
-            num_placers=self._split[1],
-            laps=_LATER_LAPS,
-            bulk=self._bulk,
-            stream=stream.cuda_stream,
-        )
-        # Later exchanges come after this one's rows are placed.
-        link.stream.wait_stream(stream)
-        self._flights = (link.end(here, (*self._keep, self._result)), self._flight)
-
-    def land(self) -> Dispatch:
-        """Make the current stream wait for the rows."""
-        if self._result is None:
-            self.place()
-        assert self._result is not None
-        for flight in self._flights:
-            self._backend.link.land(flight)
-        return self._result
 
 
 def _int32(device: torch.device, *sizes: int) -> Tensor:

@@ -65,7 +65,6 @@ class Outputs:
         incarnation: int,
         spec: ExchangeSpec,
         like: tuple[Tensor, Tensor | None, Tensor | None],
-        record: tuple[int, int],
         counts: Counts,
         owner: int,
         serial: int,
@@ -75,7 +74,6 @@ class Outputs:
         self._incarnation = incarnation
         self._spec = spec
         self._like = like
-        self.record = record
         self._counts = counts
         self._owner = owner
         self._serial = serial
