@@ -33,7 +33,7 @@ RANKS = 2
 TARGET = 1.05
 # With fewer choices there is little to leave out of the wire: reported, and not promised.
 TARGET_FROM_K = 4
-SHAPES = ("512:2:16", "512:4:16", "512:8:16", "1024:4:16")
+SHAPES = ("512:2:16", "512:4:16", "512:8:16")
 TOKENS = 1024
 CHECKED_STEPS = 3
 
