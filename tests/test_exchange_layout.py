@@ -1,0 +1,63 @@
+"""Memory maps of the CUDA backend: arenas, groups of rows and plan tables, measured without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+_C = pytest.importorskip("moe_ep._C", reason="moe_ep._C is not built")
+
+REGION = _C.REGION_ALIGNMENT
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, _C.MAX_NODE_RANKS])
+def test_arena_grows_by_its_rings_alone(num_ranks: int) -> None:
+    empty = _C.arena_bytes(num_ranks=num_ranks, payload_bytes=0)
+    filled = _C.arena_bytes(num_ranks=num_ranks, payload_bytes=64 * REGION)
+    assert filled - empty == num_ranks * 64 * REGION
+    assert empty % REGION == 0
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "payload_bytes"), [(0, 0), (_C.MAX_NODE_RANKS + 1, 0), (2, -REGION), (2, REGION + 1)]
+)
+def test_arena_refuses_other_sizes(num_ranks: int, payload_bytes: int) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        _C.arena_bytes(num_ranks=num_ranks, payload_bytes=payload_bytes)
+
+
+@pytest.mark.parametrize("row_bytes", [16, 48, 7168, 65536])
+@pytest.mark.parametrize("meta_words", [0, 1, 24, 700])
+def test_group_holds_a_chunk_of_rows_and_words(row_bytes: int, meta_words: int) -> None:
+    group = _C.group_layout(row_bytes=row_bytes, meta_words=meta_words)
+    # Sixteen bytes of header, then words, then rows where bulk copies may begin.
+    assert group["meta"] >= 16
+    assert group["rows"] >= group["meta"] + 4 * meta_words * _C.CHUNK_TOKENS
+    assert group["rows"] % REGION == 0
+    assert group["num_bytes"] >= group["rows"] + row_bytes * _C.CHUNK_TOKENS
+    assert group["num_bytes"] - group["rows"] - row_bytes * _C.CHUNK_TOKENS < REGION
+    assert group["num_bytes"] % REGION == 0
+
+
+@pytest.mark.parametrize(("num_ranks", "num_experts"), [(1, 1), (2, 6), (4, 256), (16, 4096)])
+def test_table_has_room_for_every_part(num_ranks: int, num_experts: int) -> None:
+    local = num_experts // num_ranks
+    sizes = {
+        "source_tokens": num_ranks,
+        "source_rows": num_ranks + 1,
+        "expert_rows": num_ranks * local,
+        "tokens_per_expert": local,
+        "expert_ends": local,
+        "keep_choices": num_experts,
+        "overflow": 1,
+    }
+    table = _C.table_layout(num_ranks=num_ranks, num_experts=num_experts)
+    ends = {name: table[name] + size for name, size in sizes.items()}
+    # Each part begins where the one before it ends.
+    assert sorted(table[name] for name in sizes) == sorted([0, *sorted(ends.values())[:-1]])
+    assert table["num_words"] == max(ends.values())
+
+
+@pytest.mark.parametrize(("num_ranks", "num_experts"), [(2, 7), (1, 0), (0, 4), (17, 34)])
+def test_table_refuses_other_sizes(num_ranks: int, num_experts: int) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        _C.table_layout(num_ranks=num_ranks, num_experts=num_experts)
