@@ -302,6 +302,10 @@ class Buffer(InternodeCalls):
         """One send and one receive buffer, every token going to every rank."""
         return 2 * self.group_size * tokens * record_bytes(row_bytes)
 
+    def _arena_bytes(self) -> int:
+        """Device memory that is held for exchanges."""
+        return self.backend.memory_bytes if self.backend_name == "cuda" else 0
+
     def memory_report(self, max_tokens_per_rank: int | None = None, row_bytes: int = 0) -> dict[str, int]:
         """Bytes that exchanges take on this rank, before anything is allocated.
 
@@ -314,7 +318,7 @@ class Buffer(InternodeCalls):
         """
         tokens = max_tokens_per_rank or self.max_tokens_per_rank or self.backend.max_tokens
         return {
-            "arena_bytes": self.num_nvl_bytes + self.num_rdma_bytes,
+            "arena_bytes": max(self.num_nvl_bytes + self.num_rdma_bytes, self._arena_bytes()),
             "exchange_bytes": self._exchange_bytes(tokens, row_bytes),
         }
 

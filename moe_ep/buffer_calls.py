@@ -15,7 +15,7 @@ from moe_ep.backends.torch import TorchBackend
 from moe_ep.backends.types import Counted
 from moe_ep.buffer_checks import UNSPECIFIED, Request, Rows, check_again, check_combine, check_events, check_request
 from moe_ep.config import Config, check_limits
-from moe_ep.errors import CapacityError, MoeEpError, StaleHandleError
+from moe_ep.errors import CapacityError, MoeEpError, NotBuiltError, StaleHandleError
 from moe_ep.events import EventOverlap, Job
 from moe_ep.handle import BufferHandle, Groups, Overflow, Plan
 from moe_ep.plan import count_choices, tokens_in_rank
@@ -232,6 +232,12 @@ class BufferCalls:
         allocate_on_comm_stream: bool,
     ) -> None:
         """What no exchange can begin with; the peers are told."""
+        if self.backend.name != "torch":
+            # All ranks have the same backend, so all raise.
+            raise NotBuiltError(
+                f'the tuple calls of Buffer do not run on backend="{self.backend.name}" in this version: construct it '
+                'with backend="torch", which serves GPU tensors too, or exchange through TokenDispatcher'
+            )
         error: ValueError | None = None
         try:
             check_events(previous_event, async_finish, allocate_on_comm_stream)
