@@ -142,8 +142,9 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
         }
         __syncwarp();
         if (lane == 0) {
-            // A freed place is written by the copy engine.
-            if (lap > 0) ptx::fence_proxy_async_global();
+            // A place that a peer has freed is written by the copy engine; on the first lap there was nothing to wait
+            // for.
+            ptx::fence_proxy_async_global();
             while (!store.is_done() && store.chunk() == chunk) {
                 while (!load.is_done() && !pipe->is_full()) {
                     pipe->load(params.x + load.token() * pieces.row_bytes + pieces.offset(load.piece()),
