@@ -1,7 +1,7 @@
 """Between the acquire of a flag and bulk copies of what it guards stands a proxy fence, on every path of every kernel.
 
-The copy engine does not see what this thread has acquired until then. No GPU is needed to find a fence missing: nvcc's PTX
-is walked.
+The copy engine does not see what this thread has acquired until then. No GPU is needed to find a fence missing: the PTX
+that nvcc makes is walked.
 """
 
 from __future__ import annotations
