@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import ExchangeSpec
+from moe_ep.errors import NotBuiltError
 from moe_ep.exchange import Exchanger, lookup
 from moe_ep.handle import NUM_PLAN_TENSORS, NUM_SCALARS, Plan
 
@@ -131,7 +132,13 @@ def _combine_grads(
 def _dispatch_fake(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, anchor: Tensor, dispatcher_id: int
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    spec = lookup(dispatcher_id).spec
+    exchanger = lookup(dispatcher_id)
+    if exchanger.buffer.backend_name == "cuda":
+        raise NotBuiltError(
+            'torch.compile does not trace exchanges of backend="cuda" in this version: call the dispatcher outside of '
+            'what is compiled (torch.compiler.disable), or use backend="torch"'
+        )
+    spec = exchanger.spec
     size = torch.library.get_ctx().new_dynamic_size
     rows, weights, topk_local = _fake_rows(x, topk_idx, topk_weights, spec)
     num_wire = size()
