@@ -251,11 +251,14 @@ Args:
             },
             py::arg("arguments"), py::kw_only(), py::arg("num_senders"), py::arg("num_placers"), py::arg("laps") = 0,
             py::arg("bulk"), py::arg("stream"), "Sends and places rows of an opened exchange.")
+#ifdef MOE_EP_PLANTED_FAULTS
+        .def("plant_fault", &Channel::plant_fault, py::arg("fault"), "Makes exchanges wrong on purpose, from now on.")
+#endif
         .def(
             "combine",
             [](Channel& channel, int64_t row_bytes, int64_t meta_words, int top_k, int num_experts, int64_t max_chunks,
                uintptr_t table, uintptr_t groups, uintptr_t positions, uintptr_t token_ranks, int64_t num_tokens,
-               int num_senders, int num_reducers, int layout, int element, bool wide_wire, int64_t hidden, uintptr_t y,
+               int num_senders, int num_reducers, bool bulk, int layout, int element, bool wide_wire, int64_t hidden, uintptr_t y,
                uintptr_t row_weights, int weight_words, uintptr_t values, int value_words, bool only_own_values,
                uintptr_t out, uintptr_t bias_0, uintptr_t bias_1, uintptr_t out_values, uintptr_t stream) {
                 CombineParams params{};
@@ -277,11 +280,11 @@ Args:
                 params.bias[0] = device_pointer<std::byte>(bias_0);
                 params.bias[1] = device_pointer<std::byte>(bias_1);
                 params.out_values = device_pointer<int32_t>(out_values);
-                channel.combine(params, device_pointer<void>(stream));
+                channel.combine(params, bulk, device_pointer<void>(stream));
             },
             py::kw_only(), py::arg("row_bytes"), py::arg("meta_words"), py::arg("top_k"), py::arg("num_experts"),
             py::arg("max_chunks"), py::arg("table"), py::arg("groups"), py::arg("positions"), py::arg("token_ranks"),
-            py::arg("num_tokens"), py::arg("num_senders"), py::arg("num_reducers"), py::arg("layout"),
+            py::arg("num_tokens"), py::arg("num_senders"), py::arg("num_reducers"), py::arg("bulk"), py::arg("layout"),
             py::arg("element"), py::arg("wide_wire") = false, py::arg("hidden"), py::arg("y"),
             py::arg("row_weights") = 0, py::arg("weight_words") = 0, py::arg("values") = 0, py::arg("value_words") = 0,
             py::arg("only_own_values") = false, py::arg("out"), py::arg("bias_0") = 0, py::arg("bias_1") = 0,

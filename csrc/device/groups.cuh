@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "device/faults.cuh"
 #include "device/link.cuh"
 
 // Groups of rows: which tokens of a chunk go where, and the places of their rows.
@@ -12,6 +13,29 @@ inline constexpr uint32_t kChunkMask = (1u << kChunkTokens) - 1;
 // A role's warp among all warps of that role.
 struct Worker {
     int64_t first, stride;
+};
+
+// Hands out pieces of the current exchange's work on this GPU, each to one warp, in order; opening an exchange starts
+// anew. What is done with a piece depends on its number alone, so that it does not matter to the bits who takes it. A warp
+// asks for its next piece before it works on one: pieces that it holds wait for none that come later.
+class Tickets {
+public:
+    __device__ explicit Tickets(const Link& link) : counter_(&link.state->ticket) { ask(); }
+
+    // Called by a whole warp.
+    __device__ int64_t take() {
+        const uint32_t ticket = __shfl_sync(kAllLanes, next_, 0);
+        ask();
+        return ticket;
+    }
+
+private:
+    __device__ void ask() {
+        if (threadIdx.x % kWarpSize == 0) next_ = atomicAdd(counter_, 1u);
+    }
+
+    uint32_t* counter_;
+    uint32_t next_ = 0;
 };
 
 // What a chunk of this rank's tokens sends to one rank: bit i for its token i, and the first row's place there.
@@ -53,6 +77,7 @@ __device__ __forceinline__ uint64_t* consumed_flag(const Link& link, int owner, 
 // Lane r waits until rank r has read what lay in the ring where this chunk's group goes. Called by a whole warp;
 // returns whether all have.
 __device__ inline bool wait_for_room(const Link& link, uint64_t epoch, int64_t slot, int64_t lap) {
+    if (has_fault(link, Fault::kSkippedRoom)) return true;
     if (lap == 0) return true;  // opening the exchange was the wait: peers have left the one before
     const int lane = threadIdx.x % kWarpSize;
     bool good = true;
@@ -70,6 +95,7 @@ __device__ inline bool wait_for_group(const Link& link, uint64_t epoch, int sour
         good = wait_for(link, arrived_flag(link, link.rank, source, slot), group_stamp(epoch, lap), source,
                         Phase::kArrival);
     }
+    if (has_fault(link, Fault::kSkippedRoom)) delay_fault();
     return __shfl_sync(kAllLanes, good, 0) != 0;
 }
 
@@ -81,6 +107,11 @@ __device__ inline void release_group(const Link& link, uint64_t epoch, int sourc
     const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
     ptx::fence_acq_rel_sys();
     ptx::store_relaxed_sys(consumed_flag(link, link.rank, source, slot), group_stamp(epoch, lap));
+}
+
+// Slot that a sender stores a group into.
+__device__ inline int64_t sent_slot(const Link& link, int64_t slot, int64_t ring_groups) {
+    return has_fault(link, Fault::kWrongSlot) ? (slot + 1) % ring_groups : slot;
 }
 
 // Tells every peer that its group of this chunk is complete. Called by one thread that has observed all stores.

@@ -11,6 +11,16 @@ namespace moe_ep::device {
 inline constexpr int kWarpSize = 32;
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
 
+// Sum over the lanes up to this one. Called by a whole warp.
+__device__ inline int32_t inclusive_sum(int32_t sum) {
+    const int lane = threadIdx.x % kWarpSize;
+    for (int step = 1; step < kWarpSize; step *= 2) {
+        const int32_t below = __shfl_up_sync(kAllLanes, sum, step);
+        if (lane >= step) sum += below;
+    }
+    return sum;
+}
+
 // Stamp of the group of one chunk: later laps round the ring and later exchanges have larger ones.
 __device__ __forceinline__ uint64_t group_stamp(uint64_t epoch, int64_t lap) {
     return (epoch << 24) + static_cast<uint64_t>(lap) + 1;

@@ -12,6 +12,25 @@ inline constexpr int kPipeStageBytes = 7168;
 inline constexpr int kPipeWarps = 7;
 inline constexpr int kPipeBytes = kPipeStages * kPipeStageBytes;
 
+// Pieces of at most `max_bytes` that rows are cut into on their way through shared memory.
+struct Pieces {
+    int64_t row_bytes;
+    int num_pieces;
+    uint32_t piece_bytes;
+
+    __device__ explicit Pieces(int64_t row_bytes, int max_bytes = kPipeStageBytes) : row_bytes(row_bytes) {
+        constexpr int kAlignment = 16;
+        num_pieces = static_cast<int>((row_bytes + max_bytes - 1) / max_bytes);
+        const int64_t even = (row_bytes + num_pieces - 1) / num_pieces;
+        piece_bytes = static_cast<uint32_t>((even + kAlignment - 1) / kAlignment * kAlignment);
+    }
+    __device__ int64_t offset(int piece) const { return static_cast<int64_t>(piece) * piece_bytes; }
+    __device__ uint32_t bytes(int piece) const {
+        const int64_t left = row_bytes - offset(piece);
+        return left < piece_bytes ? static_cast<uint32_t>(left) : piece_bytes;
+    }
+};
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 // Belongs to one warp and is used by one of its threads alone.

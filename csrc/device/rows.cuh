@@ -53,17 +53,13 @@ union Vector {
     T elements[ElementsOf<T>::kCount];
 };
 
-// Adds a vector of row elements, times a factor, to running sums.
+// Adds a vector of row elements, times a factor that is 1 for rows as they are, to running sums.
 template <class T>
-__device__ __forceinline__ void accumulate(SumOf<T>* sums, uint4 words, SumOf<T> factor, bool weighted) {
+__device__ __forceinline__ void accumulate(SumOf<T>* sums, uint4 words, SumOf<T> factor) {
     Vector<T> vector;
     vector.words = words;
 #pragma unroll
-    for (int idx = 0; idx < ElementsOf<T>::kCount; ++idx) {
-        const SumOf<T> value = to_float(vector.elements[idx]);
-        // NOTE: two roundings, as a product that is added later has; a fused one would differ between paths.
-        sums[idx] += weighted ? value * factor : value;
-    }
+    for (int idx = 0; idx < ElementsOf<T>::kCount; ++idx) sums[idx] += to_float(vector.elements[idx]) * factor;
 }
 
 template <class T>

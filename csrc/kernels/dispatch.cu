@@ -9,7 +9,8 @@
 #include "layout/plan.h"
 
 // Senders walk this rank's chunks of tokens and store each row into the ring of every rank it goes to; placers walk the
-// groups of all sources, as they arrive, and copy each row to its layout rows. This rank's own rows skip the ring.
+// groups of all sources, as they arrive, and copy each row to its layout rows. This rank's own rows skip the ring. Senders
+// that have nothing left to send place as well.
 namespace moe_ep {
 namespace {
 
@@ -24,6 +25,7 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
     constexpr int kWarps = kBulk ? device::kPipeWarps : kVectorWarps;
     extern __shared__ uint4 memory[];
     if (device::has_failed(params.link)) return;
+    if (device::has_fault(params.link, Fault::kEarlyExit) && params.rows.num_tokens == 0) return;
     const int warp = threadIdx.x / kWarpSize, block = static_cast<int>(blockIdx.x);
     const int64_t warp_bytes = WarpShared(nullptr, kBulk, params.rows.top_k).num_bytes;
     const WarpShared shared(reinterpret_cast<std::byte*>(memory) + warp * warp_bytes, kBulk, params.rows.top_k);
@@ -50,18 +52,19 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
             send_rows_bulk(params, shared, pipe, worker);
         } else {
             fill_padding(params, worker, out_row_bytes);
-            place_rows<true, From>(params, shared, pipe, worker);
-            // Stores read shared memory, which must outlive them.
-            ptx::wait_bulk_stores<0>();
         }
+        if (params.num_placers == 0) return;
+        place_rows<true, From>(params, shared, pipe);
+        // Stores read shared memory, which must outlive them.
+        ptx::wait_bulk_stores<0>();
 #endif
     } else {
         if (sends) {
             send_rows<From>(params, worker);
         } else {
             fill_padding(params, worker, out_row_bytes);
-            place_rows<false, From, int>(params, shared, nullptr, worker);
         }
+        if (params.num_placers > 0) place_rows<false, From, int>(params, shared, nullptr);
     }
 }
 
@@ -95,12 +98,8 @@ __global__ void drop_choices(Index* topk_idx, const int32_t* idx_in_expert, cons
 
 }  // namespace
 
-void prepare_dispatch() {
-    int device = 0, major = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    // Earlier GPUs have neither the copy engine's instructions nor that much shared memory.
-    if (major >= 9) prepare<true, NoCast>();
+void prepare_dispatch(bool bulk) {
+    if (bulk) prepare<true, NoCast>();
     prepare<false, NoCast>();
     prepare<false, __nv_bfloat16>();
     prepare<false, __half>();

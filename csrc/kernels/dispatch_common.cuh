@@ -11,6 +11,7 @@ namespace moe_ep::dispatch {
 
 using device::kAllLanes;
 using device::kWarpSize;
+using device::Pieces;
 using device::Worker;
 
 constexpr int kVectorWarps = 16;
@@ -72,24 +73,5 @@ __device__ inline int load_expert(const DispatchParams& params, int64_t choice) 
 __device__ inline int32_t load_scale(const DispatchParams& params, int64_t token, int word) {
     return params.scales[token * params.scale_stride + word * params.scale_word_stride];
 }
-
-// Pieces that rows are cut into on their way through a pipe.
-struct Pieces {
-    int64_t row_bytes;
-    int num_pieces;
-    uint32_t piece_bytes;
-
-    __device__ explicit Pieces(int64_t row_bytes) : row_bytes(row_bytes) {
-        num_pieces = static_cast<int>((row_bytes + device::kPipeStageBytes - 1) / device::kPipeStageBytes);
-        const int64_t even = (row_bytes + num_pieces - 1) / num_pieces;
-        piece_bytes =
-            static_cast<uint32_t>((even + device::kVectorBytes - 1) / device::kVectorBytes * device::kVectorBytes);
-    }
-    __device__ int64_t offset(int piece) const { return static_cast<int64_t>(piece) * piece_bytes; }
-    __device__ uint32_t bytes(int piece) const {
-        const int64_t left = row_bytes - offset(piece);
-        return left < piece_bytes ? static_cast<uint32_t>(left) : piece_bytes;
-    }
-};
 
 }  // namespace moe_ep::dispatch

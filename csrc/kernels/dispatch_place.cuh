@@ -232,14 +232,15 @@ __device__ inline bool receive_group(const DispatchParams& params, const RecordD
 
 // Walks the groups of all sources in the order in which they are sent, and places their rows.
 template <bool kBulk, class From, class Pipe>
-__device__ inline void place_rows(const DispatchParams& params, const WarpShared& shared, Pipe* pipe, Worker worker) {
+__device__ inline void place_rows(const DispatchParams& params, const WarpShared& shared, Pipe* pipe) {
     const Link& link = params.link;
     const RecordDims dims{params.rows.row_bytes, params.rows.meta_words};
     const PlanTable table(params.rows.table, link.num_ranks, params.rows.num_experts);
     const int64_t ring_groups = num_ring_groups(link.payload_bytes, dims);
     const uint64_t epoch = link.state->epoch;
     const int lane = threadIdx.x % kWarpSize;
-    for (int64_t item = worker.first; item < params.rows.max_chunks * link.num_ranks; item += worker.stride) {
+    device::Tickets tickets(link);
+    for (int64_t item = tickets.take(); item < params.rows.max_chunks * link.num_ranks; item = tickets.take()) {
         const int source = static_cast<int>((item + link.rank) % link.num_ranks);
         const int64_t chunk = item / link.num_ranks, total = num_chunks(table.source_tokens[source]);
         if (chunk >= total) continue;

@@ -131,10 +131,15 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
         if (lap > 0 && lane == 0) pending.flush(link, epoch, ring_groups);
         good = device::wait_for_room(link, epoch, slot, lap);
         if (!good) break;
+        if (lane == 0 && device::has_fault(link, Fault::kEarlyFlag)) {
+            device::flag_groups(link, epoch, slot, lap);
+            device::delay_fault();
+        }
         const device::ChunkPart part = device::read_chunk(params.rows, link.num_ranks, chunk);
         for (int peer = 0; peer < link.num_ranks; ++peer) {
             if (peer == link.rank) continue;
-            const GroupLayout group = device::group_at(link, dims, peer, link.rank, slot);
+            const GroupLayout group =
+                device::group_at(link, dims, peer, link.rank, device::sent_slot(link, slot, ring_groups));
             const device::ChunkPart sent{__shfl_sync(kAllLanes, part.mask, peer),
                                          __shfl_sync(kAllLanes, part.first, peer)};
             if (lane == 0) shared.targets[peer] = group.rows.ptr;
@@ -153,7 +158,8 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
                 }
                 const std::byte* stage = pipe->front();
                 const int64_t offset = store.idx_in_chunk() * pieces.row_bytes + pieces.offset(store.piece());
-                for (uint32_t left = store.ranks(); left != 0; left &= left - 1) {
+                const bool skipped = device::has_fault(link, Fault::kSkippedRow) && store.idx_in_chunk() == 0;
+                for (uint32_t left = skipped ? 0 : store.ranks(); left != 0; left &= left - 1) {
                     ptx::bulk_store(shared.targets[__ffs(left) - 1] + offset, stage, pieces.bytes(store.piece()));
                 }
                 pipe->pop();

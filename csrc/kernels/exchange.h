@@ -8,11 +8,11 @@ namespace moe_ep {
 // CUDA refuses a launch.
 
 // Loads every kernel of an exchange. A first launch would otherwise load it, which waits for the kernels that run, and
-// those may wait for a peer that waits for this launch.
+// those may wait for a peer that waits for this launch. `bulk`: those that use the copy engine too.
 void prepare_kernels();
 void prepare_open();
-void prepare_dispatch();
-void prepare_combine();
+void prepare_dispatch(bool bulk);
+void prepare_combine(bool bulk);
 
 // Compares headers with all peers and, for a dispatch, exchanges counts and writes the plan's table.
 void launch_open(const OpenParams& params, void* stream);
@@ -25,7 +25,7 @@ void launch_drop(void* topk_idx, int index_bytes, const int32_t* idx_in_expert, 
 // stores.
 void launch_dispatch(const DispatchParams& params, bool bulk, void* stream);
 
-// Sums layout rows per source token, sends the sums home, and adds up those that arrive.
-void launch_combine(const CombineParams& params, void* stream);
+// Sums layout rows per source token, sends the sums home, and adds up those that arrive; `bulk` as above.
+void launch_combine(const CombineParams& params, bool bulk, void* stream);
 
 }  // namespace moe_ep

@@ -90,11 +90,7 @@ __device__ int32_t exclusive_sums(int32_t* values, int count) {
     for (int first = 0; first < count; first += kThreads) {
         const int idx = first + static_cast<int>(threadIdx.x);
         const int32_t own = idx < count ? values[idx] : 0;
-        int32_t sum = own;
-        for (int step = 1; step < kWarpSize; step *= 2) {
-            const int32_t below = __shfl_up_sync(kAllLanes, sum, step);
-            if (lane >= step) sum += below;
-        }
+        const int32_t sum = device::inclusive_sum(own);
         if (lane == kWarpSize - 1) warp_sums[warp] = sum;
         __syncthreads();
         int32_t before = carry;
@@ -132,6 +128,7 @@ __device__ Need fit_capacity(const OpenParams& params, const ArenaLayout& own, u
         }
     }
     if (!per_expert && params.layout == Layout::kCompact && threadIdx.x < num_ranks) {
+#pragma unroll 4
         for (int source = 0; source < num_ranks; ++source) {
             needed[threadIdx.x] +=
                 OpeningWords{own.opening_from(source, epoch), params.num_experts}.rows_to(threadIdx.x);
@@ -162,6 +159,7 @@ __device__ Need fit_capacity(const OpenParams& params, const ArenaLayout& own, u
 __device__ void sum_choices(const OpenParams& params, const ArenaLayout& own, uint64_t epoch, int32_t* wanted) {
     for (int expert = threadIdx.x; expert < params.num_experts; expert += kThreads) {
         int32_t sum = 0;
+#pragma unroll 4
         for (int source = 0; source < params.link.num_ranks; ++source) {
             sum += OpeningWords{own.opening_from(source, epoch), params.num_experts}.choices(expert);
         }
@@ -175,6 +173,7 @@ __device__ void write_kept(const OpenParams& params, const ArenaLayout& own, uin
                            const PlanTable& table) {
     for (int expert = threadIdx.x; expert < params.num_experts; expert += kThreads) {
         int32_t before = 0;
+#pragma unroll 4
         for (int source = 0; source < params.link.rank; ++source) {
             before += OpeningWords{own.opening_from(source, epoch), params.num_experts}.choices(expert);
         }
@@ -190,6 +189,7 @@ __device__ int32_t lay_out_groups(const OpenParams& params, const ArenaLayout& o
     const int64_t fixed = params.layout == Layout::kCompact ? 0 : params.capacity.per_expert;
     for (int expert = threadIdx.x; expert < local; expert += kThreads) {
         int32_t count = 0;
+#pragma unroll 4
         for (int source = 0; source < num_ranks; ++source) {
             count += OpeningWords{own.opening_from(source, epoch), params.num_experts}.choices(first_expert + expert);
         }
@@ -206,6 +206,7 @@ __device__ int32_t lay_out_groups(const OpenParams& params, const ArenaLayout& o
         int32_t row = starts[expert];
         // A slab's rows behind the last real one are nobody's: its groups end where its choices do.
         table.expert_ends[expert] += row;
+#pragma unroll 4
         for (int source = 0; source < num_ranks; ++source) {
             table.expert_rows[source * local + expert] = row;
             row += OpeningWords{own.opening_from(source, epoch), params.num_experts}.choices(first_expert + expert);
@@ -234,16 +235,19 @@ __device__ void plan_dispatch(const OpenParams& params, uint64_t epoch, int32_t*
     // What other threads have told the host comes before the ticket.
     __threadfence_system();
     __syncthreads();
-    if (threadIdx.x != 0) return;
-    int32_t received = 0, most = 0;
-    for (int source = 0; source < link.num_ranks; ++source) {
-        const OpeningWords words{own.opening_from(source, epoch), params.num_experts};
-        table.source_tokens[source] = words.num_tokens();
-        table.source_rows[source] = received;
-        received += words.rows_to(link.rank);
-        most = max(most, words.num_tokens());
+    if (threadIdx.x >= kWarpSize) return;
+    const int lane = static_cast<int>(threadIdx.x);
+    int32_t tokens = 0, rows = 0;
+    if (lane < link.num_ranks) {
+        const OpeningWords words{own.opening_from(lane, epoch), params.num_experts};
+        tokens = words.num_tokens();
+        rows = words.rows_to(link.rank);
+        table.source_tokens[lane] = tokens;
     }
-    table.source_rows[link.num_ranks] = received;
+    const int32_t received = device::inclusive_sum(rows), most = __reduce_max_sync(kAllLanes, tokens);
+    if (lane < link.num_ranks) table.source_rows[lane + 1] = received;
+    if (lane == 0) table.source_rows[0] = 0;
+    if (lane != link.num_ranks - 1) return;
     *table.overflow = poisoned;
     if (poisoned) {
         volatile StatusWords* status = link.status;
@@ -272,7 +276,9 @@ __global__ void __launch_bounds__(kThreads) open_exchange(const __grid_constant_
     const bool good = receive_openings(params, epoch);
     if (good && params.choices_per_expert != nullptr) plan_dispatch(params, epoch, shared_counts);
     __syncthreads();
-    if (threadIdx.x == 0) link.state->epoch = epoch;
+    if (threadIdx.x != 0) return;
+    link.state->ticket = 0;
+    link.state->epoch = epoch;
 }
 
 }  // namespace
@@ -283,9 +289,14 @@ void prepare_open() {
 }
 
 void prepare_kernels() {
+    int device = 0, major = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    // Earlier GPUs have neither the copy engine's instructions nor that much shared memory.
+    const bool bulk = major >= 9;
     prepare_open();
-    prepare_dispatch();
-    prepare_combine();
+    prepare_dispatch(bulk);
+    prepare_combine(bulk);
 }
 
 void launch_open(const OpenParams& params, void* stream) {

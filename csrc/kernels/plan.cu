@@ -46,15 +46,25 @@ __device__ void walk_choices(const PlanParams& params, const PlanShared& shared,
     __syncwarp();
     const int64_t first_choice = group.begin * params.top_k;
     const int num_choices = static_cast<int>(group.end - group.begin) * params.top_k;
-    for (int first = 0; first < num_choices; first += kWarpSize) {
-        const int local = first + lane;
-        const bool in_range = local < num_choices;
-        const int expert = in_range ? load_expert<Index>(params, first_choice + local) : -1;
-        visit(first_choice + local, expert, in_range);
-        if (expert >= 0) {
-            // Which lane is first does not matter to the bits: no place is taken here.
-            auto* word = reinterpret_cast<unsigned long long*>(&shared.token_ranks[local / params.top_k]);
-            atomicOr(word, 1ull << (expert / experts_per_rank));
+    // Ids of several turns are on their way at once.
+    constexpr int kAhead = 8;
+    for (int begin = 0; begin < num_choices; begin += kAhead * kWarpSize) {
+        int experts[kAhead];
+#pragma unroll
+        for (int turn = 0; turn < kAhead; ++turn) {
+            const int local = begin + turn * kWarpSize + lane;
+            experts[turn] = local < num_choices ? load_expert<Index>(params, first_choice + local) : -1;
+        }
+#pragma unroll
+        for (int turn = 0; turn < kAhead; ++turn) {
+            const int first = begin + turn * kWarpSize, local = first + lane;
+            if (first >= num_choices) break;
+            visit(first_choice + local, experts[turn], local < num_choices);
+            if (experts[turn] >= 0) {
+                // Which lane is first does not matter to the bits: no place is taken here.
+                auto* word = reinterpret_cast<unsigned long long*>(&shared.token_ranks[local / params.top_k]);
+                atomicOr(word, 1ull << (experts[turn] / experts_per_rank));
+            }
         }
     }
     __syncwarp();

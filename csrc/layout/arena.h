@@ -11,7 +11,7 @@ inline constexpr int kMaxNodeRanks = 16;
 
 // Rows travel in groups: what one source's chunk of consecutive tokens sends to one rank. A group's place in the
 // receiver's ring follows from the chunk alone, so senders need no prefix sums and flags need no shared counters.
-inline constexpr int kChunkTokens = 8;
+inline constexpr int kChunkTokens = 4;
 
 // Words of one rank's opening message: header, number of tokens, choices per expert, tokens per rank.
 inline constexpr int kHeaderWords = 8;

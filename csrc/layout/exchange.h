@@ -39,7 +39,17 @@ struct SizeWords {
 struct LinkState {
     uint64_t epoch;   // exchanges opened so far
     uint32_t failed;  // set by the first failure, and then no kernel waits or moves any more
-    uint32_t unused;
+    uint32_t ticket;  // pieces of the current exchange's work that warps have taken
+};
+
+// Mistakes that a test build can make on purpose.
+enum class Fault : int32_t {
+    kNone = 0,
+    kEarlyFlag = 1,    // a group's flag is raised 50 us before its rows are stored
+    kWrongSlot = 2,    // rows are stored one slot further round the ring
+    kSkippedRow = 3,   // one row of a group is not stored
+    kSkippedRoom = 4,  // a later lap does not wait until its place has been read, which takes 50 us
+    kEarlyExit = 5,    // a rank without tokens places nothing either
 };
 
 // Everything that stays the same from exchange to exchange.
@@ -51,6 +61,7 @@ struct Link {
     LinkState* state;
     StatusWords* status;
     uint64_t timeout_ns;
+    Fault fault;  // read by test builds alone
 
     MOE_EP_HOST_DEVICE ArenaLayout arena(int of_rank) const {
         return ArenaLayout(arenas[of_rank], num_ranks, payload_bytes);

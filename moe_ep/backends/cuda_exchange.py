@@ -423,6 +423,7 @@ class CudaBackend:
             num_tokens=plan.num_tokens,
             num_senders=senders,
             num_reducers=reducers,
+            bulk=self.bulk,
             layout=plan.layout,
             element=_ELEMENTS[y.dtype],
             hidden=y.shape[1],

@@ -88,9 +88,9 @@ void Channel::dispatch(DispatchParams& params, bool bulk, void* stream) {
     if (params.num_senders + params.num_placers > 0) launch_dispatch(params, bulk, stream);
 }
 
-void Channel::combine(CombineParams& params, void* stream) {
+void Channel::combine(CombineParams& params, bool bulk, void* stream) {
     params.link = link_;
-    launch_combine(params, stream);
+    launch_combine(params, bulk, stream);
 }
 
 std::optional<Channel::Sizes> Channel::wait_sizes(int64_t ticket, double seconds) const {

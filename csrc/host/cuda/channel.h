@@ -23,7 +23,8 @@ public:
     void drop(uintptr_t topk_idx, int index_bytes, uintptr_t idx_in_expert, uintptr_t keep_choices, int64_t num_choices,
               int num_experts, uintptr_t stream);
     void dispatch(DispatchParams& params, bool bulk, void* stream);
-    void combine(CombineParams& params, void* stream);
+    void combine(CombineParams& params, bool bulk, void* stream);
+    void plant_fault(int fault) { link_.fault = static_cast<Fault>(fault); }
 
     using Sizes = std::tuple<int64_t, int64_t, int64_t>;
     std::optional<Sizes> wait_sizes(int64_t ticket, double seconds) const;

@@ -1,0 +1,42 @@
+"""Mistakes in the kernels are caught by the checks that correct ones pass.
+
+They exist in test builds alone: ``CXXFLAGS=-DMOE_EP_PLANTED_FAULTS NVCC_APPEND_FLAGS=-DMOE_EP_PLANTED_FAULTS python
+setup.py build_ext --inplace``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_ep.backends.cuda import load_extension
+from moe_ep.errors import MoeEpError, NotBuiltError
+from moe_ep.testing import run_ranks
+from tests.gpu.stress import stress
+
+# Rings as small as they may be: only later laps wait for room.
+SMALL_GRANT = 64 * 32768
+FAULTS = {"early flag": 1, "wrong slot": 2, "skipped row": 3, "skipped consumed check": 4, "early exit": 5}
+
+
+def has_faults() -> bool:
+    try:
+        return hasattr(load_extension().Channel, "plant_fault")
+    except (NotBuiltError, AttributeError):
+        return False
+
+
+pytestmark = [
+    pytest.mark.multi_gpu(2),
+    pytest.mark.skipif(not has_faults(), reason="this build of moe_ep._C has no planted faults"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_is_caught(fault: int) -> None:
+    granted_bytes = SMALL_GRANT if fault == FAULTS["skipped consumed check"] else 0
+    with pytest.raises((AssertionError, MoeEpError)):
+        run_ranks(2, stress, 3, 1500, granted_bytes, False, fault, fresh=True)
+
+
+def test_without_one_nothing_is_wrong() -> None:
+    assert run_ranks(2, stress, 3, 300, SMALL_GRANT, False, 0) == [300, 300]
