@@ -59,6 +59,43 @@ __device__ inline ChunkPart read_chunk(const RowParams& rows, int num_ranks, int
     return part;
 }
 
+// The places of one chunk's tokens at all ranks, asked for long before they are needed. With more than eight ranks they
+// are read when they are.
+class ChunkAhead {
+public:
+    __device__ ChunkAhead(const RowParams& rows, int num_ranks) : rows_(rows), num_ranks_(num_ranks) {}
+
+    // Called by a whole warp; `end`: chunks from there on are not read.
+    __device__ void ask(int64_t chunk, int64_t end) {
+        if (!fits() || chunk >= end) return;
+        const int64_t first = chunk * kChunkTokens * num_ranks_;
+        const int lane = threadIdx.x % kWarpSize;
+        const bool in_range = lane < kChunkTokens * num_ranks_ && first + lane < rows_.num_tokens * num_ranks_;
+        place_ = in_range ? rows_.idx_in_rank[first + lane] : -1;
+    }
+
+    // What read_chunk returns for the chunk that was asked for.
+    __device__ ChunkPart get(int64_t chunk) const {
+        if (!fits()) return read_chunk(rows_, num_ranks_, chunk);
+        const uint32_t pairs = __ballot_sync(kAllLanes, place_ >= 0);
+        const int rank = static_cast<int>(threadIdx.x % kWarpSize);
+        uint32_t mask = 0;
+        for (int idx = 0; idx < kChunkTokens && rank < num_ranks_; ++idx) {
+            mask |= (pairs >> (idx * num_ranks_ + rank) & 1) << idx;
+        }
+        const int holder = mask == 0 ? 0 : (__ffs(mask) - 1) * num_ranks_ + rank;
+        const int32_t first = __shfl_sync(kAllLanes, place_, holder);
+        return {mask, mask == 0 ? 0 : first};
+    }
+
+private:
+    __device__ bool fits() const { return kChunkTokens * num_ranks_ <= kWarpSize; }
+
+    const RowParams& rows_;
+    const int num_ranks_;
+    int32_t place_ = -1;
+};
+
 // The group that `source` sends to `owner` for one chunk, in the owner's arena.
 __device__ inline GroupLayout group_at(const Link& link, const RecordDims& dims, int owner, int source, int64_t slot) {
     std::byte* ring = link.arena(owner).payload.from(source).ptr;

@@ -215,8 +215,9 @@ __device__ inline bool receive_group(const DispatchParams& params, const RecordD
         incoming.mask = __shfl_sync(kAllLanes, part.mask, link.rank);
         incoming.first = __shfl_sync(kAllLanes, part.first, link.rank);
     } else {
-        incoming.first = ptx::load_arena(incoming.group.header);
-        incoming.mask = static_cast<uint32_t>(ptx::load_arena(incoming.group.header + 1));
+        const uint4 header = ptx::load_arena(reinterpret_cast<const uint4*>(incoming.group.header));
+        incoming.first = static_cast<int32_t>(header.x);
+        incoming.mask = header.y;
     }
     incoming.first += table.source_rows[incoming.source];
     const int lane = threadIdx.x % kWarpSize;

@@ -9,9 +9,25 @@
 // The sending half of a dispatch: this rank's chunks of tokens go into the rings of the ranks that they chose.
 namespace moe_ep::dispatch {
 
+// One choice of each lane's token, asked for long before it is needed: of a chunk's first 32 pairs of token and choice.
+struct ChoiceAhead {
+    int expert = -1;
+    int32_t place = 0, weight = 0;
+
+    __device__ void ask(const DispatchParams& params, int64_t chunk, int64_t end) {
+        if (!params.with_plan || chunk >= end) return;
+        const int lane = threadIdx.x % kWarpSize, top_k = params.rows.top_k;
+        const int64_t choice = chunk * kChunkTokens * top_k + lane;
+        if (lane >= kChunkTokens * top_k || choice >= params.rows.num_tokens * top_k) return;
+        expert = load_expert(params, choice);
+        place = params.idx_in_expert[choice];
+        if (params.weight_words == 1) weight = params.topk_weights[choice];
+    }
+};
+
 // Stores what travels beside the rows of one chunk to one rank. Called by a whole warp.
 __device__ inline void send_meta(const DispatchParams& params, const GroupLayout& group, int64_t chunk, int peer,
-                                 device::ChunkPart part) {
+                                 device::ChunkPart part, const ChoiceAhead& ahead) {
     const int lane = threadIdx.x % kWarpSize, top_k = params.rows.top_k;
     const int local = params.rows.num_experts / params.link.num_ranks;
     const MetaLayout meta(params);
@@ -23,11 +39,16 @@ __device__ inline void send_meta(const DispatchParams& params, const GroupLayout
         const int idx = pair / top_k, k = pair % top_k;
         if ((part.mask >> idx & 1) == 0) continue;
         const int64_t choice = chunk * kChunkTokens * top_k + pair;
-        const int expert = load_expert(params, choice) - peer * local;
+        const bool known = pair < kWarpSize;
+        const int expert = (known ? ahead.expert : load_expert(params, choice)) - peer * local;
         const bool chosen = expert >= 0 && expert < local;
         int32_t* words = group.meta.row(idx);
         words[meta.id(k)] = chosen ? expert : -1;
-        words[meta.place(k)] = chosen ? params.idx_in_expert[choice] : 0;
+        words[meta.place(k)] = !chosen ? 0 : known ? ahead.place : params.idx_in_expert[choice];
+        if (known && params.weight_words == 1) {
+            words[meta.weight(k, 0)] = chosen ? ahead.weight : 0;
+            continue;
+        }
         for (int word = 0; word < params.weight_words; ++word) {
             words[meta.weight(k, word)] = chosen ? params.topk_weights[choice * params.weight_words + word] : 0;
         }
@@ -124,6 +145,10 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
     const int64_t first = sent_chunks.begin + worker.first;
     SendCursor load(params.rows, peers, first, sent_chunks.end, worker.stride, pieces), store = load;
     PendingFlags pending;
+    device::ChunkAhead places(params.rows, link.num_ranks);
+    ChoiceAhead choices;
+    places.ask(first, sent_chunks.end);
+    choices.ask(params, first, sent_chunks.end);
     bool good = true;
     for (int64_t chunk = first; chunk < sent_chunks.end && good; chunk += worker.stride) {
         const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
@@ -135,7 +160,7 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
             device::flag_groups(link, epoch, slot, lap);
             device::delay_fault();
         }
-        const device::ChunkPart part = device::read_chunk(params.rows, link.num_ranks, chunk);
+        const device::ChunkPart part = places.get(chunk);
         for (int peer = 0; peer < link.num_ranks; ++peer) {
             if (peer == link.rank) continue;
             const GroupLayout group =
@@ -143,8 +168,10 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
             const device::ChunkPart sent{__shfl_sync(kAllLanes, part.mask, peer),
                                          __shfl_sync(kAllLanes, part.first, peer)};
             if (lane == 0) shared.targets[peer] = group.rows.ptr;
-            send_meta(params, group, chunk, peer, sent);
+            send_meta(params, group, chunk, peer, sent, choices);
         }
+        places.ask(chunk + worker.stride, sent_chunks.end);
+        choices.ask(params, chunk + worker.stride, sent_chunks.end);
         __syncwarp();
         if (lane == 0) {
             // A place that a peer has freed is written by the copy engine; on the first lap there was nothing to wait
@@ -195,11 +222,13 @@ __device__ inline void send_rows(const DispatchParams& params, Worker worker) {
         const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
         if (!device::wait_for_room(link, epoch, slot, lap)) return;
         const device::ChunkPart part = device::read_chunk(params.rows, link.num_ranks, chunk);
+        ChoiceAhead choices;
+        choices.ask(params, chunk, sent_chunks.end);
         for (int peer = 0; peer < link.num_ranks; ++peer) {
             const device::ChunkPart sent{__shfl_sync(kAllLanes, part.mask, peer),
                                          __shfl_sync(kAllLanes, part.first, peer)};
             if (peer == link.rank) continue;
-            send_meta(params, device::group_at(link, dims, peer, link.rank, slot), chunk, peer, sent);
+            send_meta(params, device::group_at(link, dims, peer, link.rank, slot), chunk, peer, sent, choices);
         }
         for (int idx = 0; idx < kChunkTokens; ++idx) {
             const int64_t token = chunk * kChunkTokens + idx;

@@ -61,9 +61,11 @@ __device__ void walk_choices(const PlanParams& params, const PlanShared& shared,
             if (first >= num_choices) break;
             visit(first_choice + local, experts[turn], local < num_choices);
             if (experts[turn] >= 0) {
-                // Which lane is first does not matter to the bits: no place is taken here.
-                auto* word = reinterpret_cast<unsigned long long*>(&shared.token_ranks[local / params.top_k]);
-                atomicOr(word, 1ull << (experts[turn] / experts_per_rank));
+                // Which lane is first does not matter to the bits: no place is taken here. Halves, since shared memory
+                // has no atomics of 64 bits but loops.
+                const int rank = experts[turn] / experts_per_rank;
+                auto* halves = reinterpret_cast<uint32_t*>(&shared.token_ranks[local / params.top_k]);
+                atomicOr(halves + rank / 32, 1u << rank % 32);
             }
         }
     }
