@@ -183,7 +183,8 @@ __device__ void send_sums(const CombineParams& params, Term* memory, Worker work
     const int64_t num_vectors = params.hidden / Sums<T>::kCount;
     const uint64_t epoch = link.state->epoch;
     const int lane = threadIdx.x % kWarpSize, num_peers = link.num_ranks - 1;
-    for (int64_t item = worker.first; item < params.rows.max_chunks * num_peers; item += worker.stride) {
+    const int64_t num_items = device::most_chunks(params.rows, table, link.num_ranks) * num_peers;
+    for (int64_t item = worker.first; item < num_items; item += worker.stride) {
         const int peer = static_cast<int>((link.rank + 1 + item % num_peers) % link.num_ranks);
         const int64_t chunk = item / num_peers, slot = chunk % ring_groups, lap = chunk / ring_groups;
         if (chunk >= num_chunks(table.source_tokens[peer])) continue;
