@@ -22,6 +22,7 @@ from moe_ep.backends.cuda_exchange import CudaBackend
 from moe_ep.backends.runtime import TorchRuntime
 from moe_ep.backends.torch import TorchBackend
 from moe_ep.backends.worker import CommunicationThread, release, run_in_mode, run_without_grad
+from moe_ep.buffer_cuda import CudaCalls
 from moe_ep.buffer_internode import InternodeCalls
 from moe_ep.config import Config, record_bytes
 from moe_ep.errors import MoeEpError, NotBuiltError
@@ -129,6 +130,8 @@ class Buffer(InternodeCalls):
         self.backend: Any
         self.backend, self.backend_reason = self._make_backend(backend)
         self.backend_name = self.backend.name
+        if isinstance(self.backend, CudaBackend):
+            self._cuda = CudaCalls(self.backend, self.group_size // self.ranks_per_node)
         self.runtime = TorchRuntime(self.rank, self.group_size, self.ranks_per_node, num_nvl_bytes, num_rdma_bytes)
 
     @classmethod
