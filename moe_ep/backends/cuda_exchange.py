@@ -7,6 +7,7 @@ torch backend; sums differ by rounding alone.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,17 @@ class CudaBackend:
     def memory_bytes(self) -> int:
         """Bytes of the arena."""
         return self.link.memory_bytes
+
+    def make_runtime(self, ranks_per_node: int) -> Any:
+        """The bound object that ``Buffer.runtime`` is."""
+        return self._extension.Buffer(
+            rank=self.control.rank,
+            num_ranks=self.control.size,
+            ranks_per_node=ranks_per_node,
+            device=self.link.device.index,
+            stream=self.link.stream,
+            memory=self.link.local_memory,
+        )
 
     def reset(self) -> None:
         """Go on after a failure. Collective."""

@@ -67,6 +67,7 @@ class CudaLink:
         self._overflows = 0
         self._broken: MoeEpError | None = None
         self._calls = 0
+        self._closed = False
 
     # Memory
 
@@ -133,13 +134,14 @@ class CudaLink:
                 "the arena has to grow during a capture: run the same exchange once before, or call "
                 "reserve(max_tokens_per_rank, row_bytes)"
             )
+        self._place_deferred()
         torch.cuda.synchronize(self.device)
         if self.arena is not None:
             # Peers may still store into it: all ranks have finished what came before.
             self.control.open(Call.of("reserve", f"{payload} bytes from each source"))
             self.arena.close()
         epoch = 0 if self.channel is None else self.channel.epoch()
-        size = self._extension.arena_bytes(num_ranks=self.control.size, payload_bytes=payload)
+        size = self._arena_size(payload)
         self.arena = self._extension.Arena(num_bytes=size, device=self.device.index, way=self.way)
         addresses = share(
             self.arena, self.control.rank, self.control.size, self.gather_bytes, timeout_s=self.control.timeout_s
@@ -162,6 +164,17 @@ class CudaLink:
         """Bytes of the arena."""
         return 0 if self.arena is None else int(self.arena.num_bytes)
 
+    def local_memory(self) -> tuple[Any, int, int] | None:
+        """Arena, and offset and size of its rings; None once it is released, and no arena before it is reserved."""
+        if self._closed:
+            return None
+        num_bytes = 0 if self.arena is None else self.control.size * self.payload_bytes
+        # The rings are what an arena ends with.
+        return self.arena, self._arena_size(self.payload_bytes) - num_bytes, num_bytes
+
+    def _arena_size(self, payload_bytes: int) -> int:
+        return int(self._extension.arena_bytes(num_ranks=self.control.size, payload_bytes=payload_bytes))
+
     def synchronize(self) -> None:
         """Wait for every exchange that was launched."""
         self.stream.synchronize()
@@ -169,6 +182,7 @@ class CudaLink:
 
     def close(self) -> None:
         """Release the memory, without waiting for peers."""
+        self._closed = True
         self._flights.clear()
         if self.arena is not None:
             self.arena.close()
