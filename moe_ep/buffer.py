@@ -22,6 +22,7 @@ from moe_ep.backends.cuda_exchange import CudaBackend
 from moe_ep.backends.runtime import TorchRuntime
 from moe_ep.backends.torch import TorchBackend
 from moe_ep.backends.worker import CommunicationThread, release, run_in_mode, run_without_grad
+from moe_ep.buffer_cuda import CudaCalls
 from moe_ep.buffer_internode import InternodeCalls
 from moe_ep.config import Config, record_bytes
 from moe_ep.errors import MoeEpError, NotBuiltError
@@ -129,7 +130,12 @@ class Buffer(InternodeCalls):
         self.backend: Any
         self.backend, self.backend_reason = self._make_backend(backend)
         self.backend_name = self.backend.name
-        self.runtime = TorchRuntime(self.rank, self.group_size, self.ranks_per_node, num_nvl_bytes, num_rdma_bytes)
+        self.runtime: Any
+        if isinstance(self.backend, CudaBackend):
+            self._cuda = CudaCalls(self.backend, self.group_size // self.ranks_per_node)
+            self.runtime = self.backend.make_runtime(self.ranks_per_node)
+        else:
+            self.runtime = TorchRuntime(self.rank, self.group_size, self.ranks_per_node, num_nvl_bytes, num_rdma_bytes)
 
     @classmethod
     def for_group(
@@ -212,6 +218,9 @@ class Buffer(InternodeCalls):
             try:
                 chosen = CudaBackend(self.control, self.num_nvl_bytes)
                 self._release_memory = weakref.finalize(self, chosen.link.close)
+                if self.num_nvl_bytes:
+                    # What is granted does not depend on rows.
+                    chosen.link.reserve(0, 0, 0)
                 return chosen, "asked for" if backend == "cuda" else "every rank has a GPU that the others reach"
             # All ranks raise it together.
             except NotBuiltError as error:
@@ -364,7 +373,10 @@ class Buffer(InternodeCalls):
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: int | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Tensor:
-        """A view of this rank's buffer memory; see ``TorchRuntime.get_local_buffer_tensor``."""
+        """A view of this rank's buffer memory, which exchanges on the CUDA backend overwrite.
+
+        See ``TorchRuntime.get_local_buffer_tensor``.
+        """
         return self.runtime.get_local_buffer_tensor(dtype, size, offset, use_rdma_buffer)
 
     def check_grant(self, row_bytes: int) -> None:

@@ -23,8 +23,8 @@ class InternodeCalls(BufferCalls):
     ) -> DispatchResult:
         """:meth:`dispatch`, with its arguments, results and errors.
 
-        On the torch backend rows go to every rank the same way, whatever its node, so both names do the same, also
-        where all ranks are on one node.
+        Rows go to every rank the same way, whatever its node, so both names do the same, also where all ranks are on
+        one node.
         """
         return self.dispatch(x, handle, *args, **kwargs)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moe_ep.backends.control import Call
 from moe_ep.backends.cuda_exchange import Counts, CudaBackend
-from moe_ep.backends.cuda_link import CudaJob, CudaLink
+from moe_ep.backends.cuda_jobs import CudaJob
+from moe_ep.backends.cuda_link import CudaLink
 from moe_ep.backends.types import Dispatch
 from moe_ep.buffer import Buffer
 from moe_ep.config import FP8_GROUP, ExchangeSpec
@@ -107,7 +108,7 @@ class CudaExchanger(Exchanger):
                 raise ValueError(f"chunks is {type(chunks).__name__}; pass a list of at least one topk_idx")
             for topk_idx in chunks:
                 check_chunk(topk_idx, spec, self._num_ids(), self.validate)
-                self._check_device("topk_idx", topk_idx)
+                self.link.check_device("topk_idx", topk_idx)
         # Whatever it is: peers wait for this rank.
         except Exception as error:
             self._refuse(call, error, spec)
@@ -146,7 +147,7 @@ class CudaExchanger(Exchanger):
             if topk_weights is None:
                 raise ValueError("topk_weights are missing: pass the router's [T, K] weights, or ones")
             check_routing(rows, topk_idx, topk_weights, spec, self._num_ids(), self.validate)
-            self._check_device("x", rows)
+            self.link.check_device("x", rows)
             if planned is not None and not isinstance(planned, Counts):
                 raise ValueError(f"planned is {type(planned).__name__}; pass one entry of what plan() returned")
             if planned is not None and planned.topk_idx.shape != topk_idx.shape:
@@ -277,13 +278,6 @@ class CudaExchanger(Exchanger):
             raise ValueError(
                 f"x has {num_tokens} tokens, but the capacity was sized for {most} at the first exchange: pass "
                 "max_tokens_per_rank, the largest number of tokens that any rank will send"
-            )
-
-    def _check_device(self, name: str, tensor: Tensor) -> None:
-        if tensor.device != self.link.device:
-            raise ValueError(
-                f'{name} is on {tensor.device}; this Buffer exchanges on {self.link.device} (backend="cuda"): '
-                'move it there, or use backend="torch"'
             )
 
 

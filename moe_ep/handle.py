@@ -306,7 +306,8 @@ class BufferHandle(NamedTuple):
         rank_prefix_matrix: int32 [R, R]; entry [i][r] = rows that rank r receives from source ranks 0..i.
         channel_prefix_matrix: empty, unused here.
         recv_channel_prefix_matrix: empty, unused here.
-        recv_src_idx: int32 [N], token index of each received row at its source.
+        recv_src_idx: int32 [N], token index of each received row at its source; with ``num_worst_tokens`` on the CUDA
+            backend as many entries, -1 after the first N.
         is_token_in_rank: bool [T, R].
         send_head: empty, unused here; on several nodes int32 [R], rows received here from source ranks 0..i.
         num_recv_tokens: int32 0-dim, N.
@@ -321,5 +322,5 @@ class BufferHandle(NamedTuple):
     is_token_in_rank: Tensor
     send_head: Tensor
     num_recv_tokens: Tensor
-    plan: Plan
-    groups: Groups
+    plan: Plan | CudaPlan
+    groups: Any

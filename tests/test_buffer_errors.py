@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moe_ep import Buffer, buffer_calls
+from moe_ep import Buffer, buffer_torch
 from moe_ep.errors import (
     ExchangeMismatchError,
     MoeEpError,
@@ -180,7 +180,7 @@ def run_out_of_memory(ctx: RankContext, call: str) -> str:
         arguments = {**arguments, "topk_idx": topk_idx}
     with pytest.MonkeyPatch.context() as patch:
         if ctx.rank == 1:
-            patch.setattr(buffer_calls, "_empty_rows", fail)
+            patch.setattr(buffer_torch, "_empty_rows", fail)
         with pytest.raises(MemoryError if ctx.rank == 1 else PeerAbortedError) as caught:
             buffer.dispatch(x, **arguments)
     buffer.reset()

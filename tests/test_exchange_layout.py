@@ -49,6 +49,7 @@ def test_table_has_room_for_every_part(num_ranks: int, num_experts: int) -> None
         "expert_ends": local,
         "keep_choices": num_experts,
         "overflow": 1,
+        "rank_rows": num_ranks * num_ranks,
     }
     table = _C.table_layout(num_ranks=num_ranks, num_experts=num_experts)
     ends = {name: table[name] + size for name, size in sizes.items()}

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_ep.backends.cuda_counting import choices_of_mask
 from moe_ep.plan import count_choices, tokens_in_rank
-from tests.plan_arrays import KINDS, SHAPES, PlanArrays, make_topk_idx
+from tests.plan_arrays import KINDS, POISON, SHAPES, PlanArrays, make_topk_idx
 
 _C = pytest.importorskip("moe_ep._C", reason="the extension moe_ep._C is not built: run `make test` or pip install")
 
@@ -53,6 +54,20 @@ def test_host_twin_equals_python_plan(shape: tuple[int, int, int, int], kind: st
     found = host_plan(topk_idx, num_experts, num_ranks)
     assert torch.equal(found.choices_per_expert.long(), count_choices(topk_idx, num_experts))
     assert torch.equal(found.is_token_in_rank.bool(), tokens_in_rank(topk_idx, num_experts, num_ranks))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 16])
+@pytest.mark.parametrize("num_tokens", [0, 1, 97])
+def test_choices_of_a_mask_plan_the_rows_of_the_mask(num_tokens: int, num_ranks: int):
+    mask = torch.rand(num_tokens, num_ranks, generator=torch.Generator().manual_seed(5)) < 0.4
+    choices = choices_of_mask(mask)
+    arrays = PlanArrays.poisoned(choices, num_ranks, num_ranks)
+    token_ranks = torch.full((num_tokens,), POISON, dtype=torch.int32)
+    _C.plan_host(_C.PlanParams(**arrays.arguments(choices), token_ranks=token_ranks.data_ptr()))
+    assert torch.equal(arrays.is_token_in_rank.bool(), mask)
+    assert torch.equal(arrays.tokens_per_rank.long(), mask.sum(0))
+    assert torch.equal(arrays.idx_in_rank.long(), torch.where(mask, mask.cumsum(0) - 1, -1))
+    assert torch.equal(token_ranks.long(), (mask.long() << torch.arange(num_ranks)).sum(1))
 
 
 @pytest.mark.parametrize("name", ["idx_in_expert", "idx_in_rank", "is_token_in_rank", "tokens_per_rank"])

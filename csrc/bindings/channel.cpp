@@ -37,6 +37,7 @@ py::dict table_layout(int num_ranks, int num_experts) {
     told["expert_ends"] = word(table.expert_ends);
     told["keep_choices"] = word(table.keep_choices);
     told["overflow"] = word(table.overflow);
+    told["rank_rows"] = word(table.rank_rows);
     told["num_words"] = PlanTable::num_words(num_ranks, num_experts);
     return told;
 }

@@ -96,6 +96,14 @@ private:
     int32_t place_ = -1;
 };
 
+// Chunks of the rank that has most, as far as the plan has room for them. Called by a whole warp.
+__device__ inline int64_t most_chunks(const RowParams& rows, const PlanTable& table, int num_ranks) {
+    const int lane = threadIdx.x % kWarpSize;
+    int32_t most = lane < num_ranks ? table.source_tokens[lane] : 0;
+    for (int step = kWarpSize / 2; step > 0; step /= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, step));
+    return min(num_chunks(most), rows.max_chunks);
+}
+
 // The group that `source` sends to `owner` for one chunk, in the owner's arena.
 __device__ inline GroupLayout group_at(const Link& link, const RecordDims& dims, int owner, int source, int64_t slot) {
     std::byte* ring = link.arena(owner).payload.from(source).ptr;

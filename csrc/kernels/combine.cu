@@ -67,7 +67,8 @@ __device__ bool send_sums(const CombineParams& params, Batch<T>& batch, Summer& 
         pending.raise(link, epoch);
     };
     BatchFiller<T> filler(params, batch);
-    for (int64_t item = worker.first; item < params.rows.max_chunks * num_peers; item += worker.stride) {
+    const int64_t num_items = device::most_chunks(params.rows, table, link.num_ranks) * num_peers;
+    for (int64_t item = worker.first; item < num_items; item += worker.stride) {
         const int peer = static_cast<int>((link.rank + 1 + item % num_peers) % link.num_ranks);
         const int64_t chunk = item / num_peers, slot = chunk % ring_groups, lap = chunk / ring_groups;
         if (chunk >= num_chunks(table.source_tokens[peer])) continue;

@@ -241,7 +241,8 @@ __device__ inline void place_rows(const DispatchParams& params, const WarpShared
     const uint64_t epoch = link.state->epoch;
     const int lane = threadIdx.x % kWarpSize;
     device::Tickets tickets(link);
-    for (int64_t item = tickets.take(); item < params.rows.max_chunks * link.num_ranks; item = tickets.take()) {
+    const int64_t num_items = device::most_chunks(params.rows, table, link.num_ranks) * link.num_ranks;
+    for (int64_t item = tickets.take(); item < num_items; item = tickets.take()) {
         const int source = static_cast<int>((item + link.rank) % link.num_ranks);
         const int64_t chunk = item / link.num_ranks, total = num_chunks(table.source_tokens[source]);
         if (chunk >= total) continue;
@@ -284,8 +285,14 @@ __device__ inline void fill_padding(const DispatchParams& params, Worker worker,
     const int lane = threadIdx.x % kWarpSize, local = params.rows.num_experts / link.num_ranks;
     const PlanTable table(params.rows.table, link.num_ranks, params.rows.num_experts);
     if (params.layout == Layout::kCompact) {
-        if (!params.with_plan || params.rows.top_k == 0) return;
-        const int64_t first = static_cast<int64_t>(table.source_rows[link.num_ranks]) * params.rows.top_k;
+        if (!params.with_plan) return;
+        const int64_t num_received = table.source_rows[link.num_ranks], first = num_received * params.rows.top_k;
+        if (params.out_source != nullptr) {
+            for (int64_t row = num_received + worker.first * kWarpSize + lane; row < params.num_rows;
+                 row += worker.stride * kWarpSize) {
+                params.out_source[row] = -1;
+            }
+        }
         for (int64_t at = first + worker.first * kWarpSize + lane; at < params.num_rows * params.rows.top_k;
              at += worker.stride * kWarpSize) {
             if (params.out_topk_idx != nullptr) params.out_topk_idx[at] = -1;
@@ -318,6 +325,13 @@ __device__ inline void poison_rows(const DispatchParams& params, Worker worker, 
         auto* vectors = reinterpret_cast<uint4*>(params.out + row * out_row_bytes);
         for (int64_t idx = lane; idx < out_row_bytes / device::kVectorBytes; idx += kWarpSize) {
             vectors[idx] = make_uint4(~0u, ~0u, ~0u, ~0u);
+        }
+        if (params.layout == Layout::kCompact && params.with_plan) {
+            // Ids are read as numbers of experts, so that they must be some.
+            for (int k = lane; params.out_topk_idx != nullptr && k < params.rows.top_k; k += kWarpSize) {
+                params.out_topk_idx[row * params.rows.top_k + k] = -1;
+            }
+            if (params.out_source != nullptr && lane == 0) params.out_source[row] = -1;
         }
         if (params.out_weights == nullptr) continue;
         for (int64_t word = lane; word < num_weights * params.weight_words; word += kWarpSize) {

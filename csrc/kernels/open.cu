@@ -181,6 +181,18 @@ __device__ void write_kept(const OpenParams& params, const ArenaLayout& own, uin
     }
 }
 
+// Running sums over sources of the rows that every rank receives.
+__device__ void write_rank_rows(const OpenParams& params, const ArenaLayout& own, uint64_t epoch,
+                                const PlanTable& table) {
+    const int num_ranks = params.link.num_ranks;
+    if (threadIdx.x >= num_ranks) return;
+    int32_t received = 0;
+    for (int source = 0; source < num_ranks; ++source) {
+        received += OpeningWords{own.opening_from(source, epoch), params.num_experts}.rows_to(threadIdx.x);
+        table.rank_rows[source * num_ranks + threadIdx.x] = received;
+    }
+}
+
 // Lays out this rank's groups; returns the number of layout rows on all threads.
 __device__ int32_t lay_out_groups(const OpenParams& params, const ArenaLayout& own, uint64_t epoch,
                                   const PlanTable& table, int32_t* starts) {
@@ -229,6 +241,7 @@ __device__ void plan_dispatch(const OpenParams& params, uint64_t epoch, int32_t*
         }
     }
     write_kept(params, own, epoch, shared_counts, table);
+    write_rank_rows(params, own, epoch, table);
     __syncthreads();
     const bool poisoned = need.rank >= 0 && params.capacity.drop == 0;
     const int32_t num_rows = lay_out_groups(params, own, epoch, table, shared_counts);

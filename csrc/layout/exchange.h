@@ -79,6 +79,7 @@ struct PlanTable {
     int32_t* expert_ends;        // [e] end of each group, padding included
     int32_t* keep_choices;       // [E] of this rank's choices of each expert, how many stay when others are dropped
     int32_t* overflow;           // [1] whether outputs are to be poisoned
+    int32_t* rank_rows;          // [R][R] rows that each rank receives from sources up to and with each, [source][rank]
 
     // Carves a table out of `num_words` int32 words.
     MOE_EP_HOST_DEVICE PlanTable(int32_t* words, int num_ranks, int num_experts) {
@@ -90,9 +91,11 @@ struct PlanTable {
         expert_ends = tokens_per_expert + local;
         keep_choices = expert_ends + local;
         overflow = keep_choices + num_experts;
+        rank_rows = overflow + 1;
     }
     MOE_EP_HOST_DEVICE static int64_t num_words(int num_ranks, int num_experts) {
-        return static_cast<int64_t>(num_ranks) * 2 + 1 + num_experts + 2 * (num_experts / num_ranks) + num_experts + 1;
+        const int64_t ranks = num_ranks, local = num_experts / num_ranks;
+        return ranks + (ranks + 1) + ranks * local + 2 * local + num_experts + 1 + ranks * ranks;
     }
 };
 
@@ -172,7 +175,7 @@ struct DispatchParams {
     int32_t* out_weights;   // [num_rows] words, or [num_rows, K] for compact rows
     int32_t* out_scales;    // [num_rows, scale_words]
     int64_t* out_topk_idx;  // [num_rows, K] local ids (compact rows)
-    int32_t* out_source;    // [N] token index at the source
+    int32_t* out_source;    // [N] token index at the source; [num_rows] for compact rows, -1 behind the last
     int32_t zero_padding;   // whether rows between a group's last and its end become zero
 };
 

@@ -6,15 +6,19 @@ torch backend; sums differ by rounding alone.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
-from moe_ep.backends.cuda_link import CudaJob, CudaLink, aligned, pointer
+from moe_ep.backends.cuda_counting import choices_of_mask, count_choices, count_rows
+from moe_ep.backends.cuda_jobs import Launch
+from moe_ep.backends.cuda_link import CudaLink, aligned, pointer
 from moe_ep.backends.cuda_outputs import WORD_BYTES, Counts, Outputs
 from moe_ep.backends.cuda_placing import FIRST_LAP, Placing
-from moe_ep.backends.cuda_plan import table_layout
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import FP8_GROUP, ExchangeSpec
 from moe_ep.handle import LAYOUT_CODES, CudaPlan
@@ -52,6 +56,17 @@ class CudaBackend:
         """Bytes of the arena."""
         return self.link.memory_bytes
 
+    def make_runtime(self, ranks_per_node: int) -> Any:
+        """The bound object that ``Buffer.runtime`` is."""
+        return self._extension.Buffer(
+            rank=self.control.rank,
+            num_ranks=self.control.size,
+            ranks_per_node=ranks_per_node,
+            device=self.link.device.index,
+            stream=self.link.stream,
+            memory=self.link.local_memory,
+        )
+
     def reset(self) -> None:
         """Go on after a failure. Collective."""
         self.link.reset()
@@ -74,7 +89,11 @@ class CudaBackend:
             # All ranks have seen the same larger T in the counts of an exchange before.
             self.reserved_tokens = self.max_tokens
         else:
-            self.reserved_tokens = max(self.reserved_tokens, self.agree_tokens(num_tokens))
+            # NOTE: rings of different sizes would tear exchanges apart, so ranks that differ reserve the same as well;
+            # the opening of their exchange tells them.
+            tokens, row_bytes, meta_words = self._agree(num_tokens, row_bytes, meta_words)
+            self.max_tokens = max(self.max_tokens, tokens)
+            self.reserved_tokens = max(self.reserved_tokens, tokens)
         self.link.reserve(self.reserved_tokens, row_bytes, meta_words)
 
     def num_laps(self, max_tokens: int, record: tuple[int, int]) -> int:
@@ -91,14 +110,19 @@ class CudaBackend:
 
     def agree_tokens(self, num_tokens: int) -> int:
         """The largest T of any rank. Collective."""
-        told = self.control.open(Call("reserve"), torch.tensor([num_tokens], device="cpu"))
-        self.max_tokens = max(self.max_tokens, int(told.max()))
-        return int(told.max())
+        tokens = self._agree(num_tokens)[0]
+        self.max_tokens = max(self.max_tokens, tokens)
+        return tokens
+
+    def _agree(self, *sizes: int) -> list[int]:
+        return self.control.open(Call("reserve"), torch.tensor(sizes, device="cpu")).amax(0).tolist()
 
     def _split(self, what: str, num_sms: int | None) -> tuple[int, int]:
         """Blocks of the two roles of a kernel."""
         senders, others = _DEFAULT_SPLIT[what]
         if num_sms is not None:
+            # Blocks wait for each other, so all of them have to be resident.
+            num_sms = min(num_sms, self.link.num_sms)
             senders = max(num_sms * senders // (senders + others), 1)
             others = max(num_sms - senders, 1)
         return (0, senders + others) if self.control.size == 1 else (senders, others)
@@ -122,72 +146,7 @@ class CudaBackend:
             max_tokens: largest T of any rank, which a capacity needs; 0 without one.
             totals: int64 [e], running count of received choices.
         """
-        num_tokens, top_k = topk_idx.shape
-        num_ranks, num_experts = spec.num_ranks, spec.num_experts
-        device, exact = topk_idx.device, max_tokens == 0
-        temp = _int32(device, num_experts + num_ranks)
-        in_rank = torch.empty(num_tokens, num_ranks, dtype=torch.bool, device=device)
-        idx_in_expert = _int32(device, num_tokens, top_k)
-        idx_in_rank = _int32(device, num_tokens, num_ranks)
-        token_ranks = _int32(device, num_tokens)
-        table = _int32(device, table_layout(num_ranks, num_experts)["num_words"])
-        rows_limit, per_expert = self._capacity(spec, max_tokens)
-        drop = spec.capacity is not None and spec.on_overflow == "drop"
-        if drop:
-            topk_idx = topk_idx.clone()
-            # The clone was made on the current stream.
-            self.link.stream.wait_stream(torch.cuda.current_stream(device))
-        stream = self.link.stream.cuda_stream
-        params = self._extension.PlanParams(
-            topk_idx=topk_idx.data_ptr(),
-            index_bytes=topk_idx.itemsize,
-            num_tokens=num_tokens,
-            top_k=top_k,
-            num_experts=num_experts,
-            num_ranks=num_ranks,
-            choices_per_expert=temp.data_ptr(),
-            tokens_per_rank=temp.data_ptr() + WORD_BYTES * num_experts,
-            is_token_in_rank=in_rank.data_ptr(),
-            idx_in_expert=idx_in_expert.data_ptr(),
-            idx_in_rank=idx_in_rank.data_ptr(),
-            token_ranks=token_ranks.data_ptr(),
-        )
-        workspace = torch.empty(params.workspace_bytes, dtype=torch.uint8, device=device)
-        ticket = 0
-        for dropping in (True, False) if drop else (False,):
-            self._extension.plan_cuda(
-                params, workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=stream
-            )
-            ticket = self.link.channel.open_dispatch(
-                header=header,
-                choices_per_expert=temp.data_ptr(),
-                tokens_per_rank=temp.data_ptr() + WORD_BYTES * num_experts,
-                num_tokens=num_tokens,
-                max_tokens=max_tokens,
-                num_experts=num_experts,
-                alignment=spec.alignment,
-                layout=LAYOUT_CODES[spec.layout],
-                capacity_rows=rows_limit,
-                capacity_per_expert=per_expert,
-                drop=drop,
-                table=table.data_ptr(),
-                received_total=0 if dropping else pointer(totals),
-                tell_sizes=exact,
-                stream=stream,
-            )
-            if dropping:
-                self.link.channel.drop(
-                    topk_idx=topk_idx.data_ptr(),
-                    index_bytes=topk_idx.itemsize,
-                    idx_in_expert=idx_in_expert.data_ptr(),
-                    keep_choices=table.data_ptr() + WORD_BYTES * table_layout(num_ranks, num_experts)["keep_choices"],
-                    num_choices=topk_idx.numel(),
-                    num_experts=num_experts,
-                    stream=stream,
-                )
-        keep = (temp, in_rank, workspace)
-        local = spec.num_local_experts
-        return Counts(topk_idx, idx_in_expert, idx_in_rank, token_ranks, table, local, ticket, None, None, keep)
+        return count_choices(self.link, topk_idx, spec, header, max_tokens, self._capacity(spec, max_tokens), totals)
 
     def _capacity(self, spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:
         """Rows of this rank's output and rows of every group; 0 where not limited or fixed."""
@@ -199,10 +158,12 @@ class CudaBackend:
             return spec.capacity.rows, 0
         return 0, spec.capacity.per_expert or rows_of_factor(spec.capacity.factor or 0.0, spec, max_tokens)
 
-    def static_rows(self, spec: ExchangeSpec, max_tokens: int) -> int:
-        """Layout rows of this rank with a capacity, or of slabs."""
+    def _static_sizes(self, spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:
+        """Layout rows of this rank with a capacity, or of slabs, and the most that it receives."""
         rows, per_expert = self._capacity(spec, max_tokens)
-        return rows or per_expert * spec.num_local_experts
+        rows, received = rows or per_expert * spec.num_local_experts, self.control.size * max_tokens
+        # What a capacity does not hold never arrives.
+        return rows, min(rows, received) if spec.layout == "compact" else received
 
     def dispatch(
         self,
@@ -219,7 +180,7 @@ class CudaBackend:
         planned: Counts | None = None,
         num_sms: int | None = None,
         with_source: bool = False,
-    ) -> CudaJob[Dispatch]:
+    ) -> Launch[Dispatch]:
         """Launch a dispatch. Arguments are valid; ids are physical.
 
         Args:
@@ -236,19 +197,60 @@ class CudaBackend:
             num_sms: None for the default.
             with_source: whether the result tells each received row's token.
         """
+        # Copies are made on the current stream, which the exchange waits for.
+        x, topk_idx = aligned(x), topk_idx.contiguous()
         current = self.link.begin()
-        x, cast = aligned(x), 0
-        row_bytes, scale_words = x.shape[1] * x.itemsize, 0 if scales is None else scales.shape[1]
-        if spec.wire_dtype is not None and scales is None:
-            cast, row_bytes, scale_words = _CASTS[x.dtype], x.shape[1], x.shape[1] // FP8_GROUP
-        topk_idx = topk_idx.contiguous()
-        weight_words = 0 if topk_weights is None else topk_weights.itemsize // WORD_BYTES
-        meta_words = (2 + weight_words) * spec.top_k + scale_words
         if planned is None:
             counts = self.count(topk_idx, spec, header, max_tokens, totals)
         else:
             counts = planned
             self.link.channel.open(header, self.link.stream.cuda_stream)
+        inputs = (x, scales, topk_weights)
+        return self._launch(inputs, spec, counts, owner, current, max_tokens, num_sms, with_source)
+
+    def dispatch_rows(
+        self,
+        x: Tensor,
+        scales: Tensor | None,
+        in_rank: Tensor,
+        choices_per_expert: Tensor,
+        spec: ExchangeSpec,
+        header: list[int],
+        owner: int,
+        num_sms: int | None = None,
+    ) -> Launch[Dispatch]:
+        """Launch a dispatch of rows to the ranks of a mask, without choices; arguments as in :meth:`dispatch`.
+
+        Args:
+            in_rank: bool [T, R].
+            choices_per_expert: integers [E], this rank's; only their sums over ranks are told.
+        """
+        # Copies are made on the current stream, which the exchange waits for.
+        x, choices = aligned(x), choices_of_mask(in_rank)
+        told = choices_per_expert.to(device=x.device, dtype=torch.int32, non_blocking=True)
+        spec = dataclasses.replace(spec, top_k=0)
+        current = self.link.begin()
+        counts = count_rows(self.link, choices, told, spec, header)
+        return self._launch((x, scales, None), spec, counts, owner, current, 0, num_sms, True)
+
+    def _launch(
+        self,
+        inputs: tuple[Tensor, Tensor | None, Tensor | None],
+        spec: ExchangeSpec,
+        counts: Counts,
+        owner: int,
+        current: torch.cuda.Stream,
+        max_tokens: int,
+        num_sms: int | None,
+        with_source: bool,
+    ) -> Launch[Dispatch]:
+        """Move the rows of an opened dispatch."""
+        (x, scales, topk_weights), cast = inputs, 0
+        row_bytes, scale_words = x.shape[1] * x.itemsize, 0 if scales is None else scales.shape[1]
+        if spec.wire_dtype is not None and scales is None:
+            cast, row_bytes, scale_words = _CASTS[x.dtype], x.shape[1], x.shape[1] // FP8_GROUP
+        weight_words = 0 if topk_weights is None else topk_weights.itemsize // WORD_BYTES
+        meta_words = (2 + weight_words) * spec.top_k + scale_words
         self._serial += 1
         arguments = self._extension.DispatchArguments(
             row_bytes=row_bytes,
@@ -273,12 +275,11 @@ class CudaBackend:
             scale_stride=0 if scales is None else scales.stride(0),
             scale_word_stride=0 if scales is None else scales.stride(1),
         )
-        like = (x, scales, topk_weights)
-        out = Outputs(self.control.incarnation, spec, like, counts, owner, self._serial, arguments, with_source)
+        out = Outputs(self.control.incarnation, spec, inputs, counts, owner, self._serial, arguments, with_source)
         senders, placers = self._split(spec.layout, num_sms)
-        bulk, keep = self.bulk and cast == 0, (x, scales, topk_idx, topk_weights, counts, out)
+        bulk, keep = self.bulk and cast == 0, (inputs, counts, out)
         if max_tokens or counts.sizes is not None:
-            sizes = counts.sizes or (self.static_rows(spec, max_tokens), self.control.size * max_tokens, max_tokens)
+            sizes = counts.sizes or (*self._static_sizes(spec, max_tokens), max_tokens)
             # Memory of the outputs may be in use by what the current stream did before.
             result = out.allocate(*sizes)
             self.link.stream.wait_stream(current)
@@ -286,12 +287,7 @@ class CudaBackend:
                 arguments, num_senders=senders, num_placers=placers, bulk=bulk, stream=self.link.stream.cuda_stream
             )
             flight = self.link.end(current, (*keep, result))
-
-            def land() -> Dispatch:
-                self.link.land(flight)
-                return result
-
-            return CudaJob(land)
+            return Launch(self.link, lambda: (result, (flight,)))
         opened = torch.cuda.Event()
         opened.record(self.link.stream)
         # What is sent before the sizes are known must not wait for peers, which may wait for this host.
@@ -312,7 +308,7 @@ class CudaBackend:
         split, launched = (senders, placers), (flight, keep)
         placing = Placing(self.link, note_sizes, counts, out, arguments, split, bulk, opened, launched)
         self.link.defer(placing.place)
-        return CudaJob(placing.land)
+        return Launch(self.link, placing.outputs)
 
     def replay(
         self,
@@ -321,10 +317,10 @@ class CudaBackend:
         header: list[int],
         scales: Tensor | None = None,
         num_sms: int | None = None,
-    ) -> CudaJob[tuple[Tensor, Tensor | None]]:
+    ) -> Launch[tuple[Tensor, Tensor | None]]:
         """Launch a dispatch of other rows [T, H] along a plan: layout rows, and their scales."""
-        current = self.link.begin()
         x = aligned(x)
+        current = self.link.begin()
         scale_words = 0 if scales is None else scales.shape[1]
         rows = x.new_empty(plan.num_rows, x.shape[1])
         out_scales = None if scales is None else scales.new_empty(plan.num_rows, scale_words)
@@ -362,12 +358,7 @@ class CudaBackend:
             arguments, num_senders=senders, num_placers=placers, bulk=self.bulk, stream=self.link.stream.cuda_stream
         )
         flight = self.link.end(current, (x, scales, rows, out_scales, plan))
-
-        def land() -> tuple[Tensor, Tensor | None]:
-            self.link.land(flight)
-            return rows, out_scales
-
-        return CudaJob(land)
+        return Launch(self.link, lambda: ((rows, out_scales), (flight,)))
 
     # Combine
 
@@ -381,7 +372,7 @@ class CudaBackend:
         values: Tensor | None = None,
         only_own_values: bool = False,
         num_sms: int | None = None,
-    ) -> CudaJob[tuple[Tensor, Tensor | None]]:
+    ) -> Launch[tuple[Tensor, Tensor | None]]:
         """Launch the way home of layout rows: each token's sum, and of values that travel beside them.
 
         Args:
@@ -397,8 +388,8 @@ class CudaBackend:
         Returns:
             [T, H] in y's dtype, and [T, K] values or None.
         """
-        current = self.link.begin()
         y, bias = aligned(y), tuple(aligned(term) for term in bias)
+        current = self.link.begin()
         out = y.new_empty(plan.num_tokens, y.shape[1])
         out_values, value_words, top_k = None, 0, plan.top_k
         if values is not None:
@@ -440,13 +431,4 @@ class CudaBackend:
             stream=self.link.stream.cuda_stream,
         )
         flight = self.link.end(current, (y, row_weights, plan, bias, values, out, out_values))
-
-        def land() -> tuple[Tensor, Tensor | None]:
-            self.link.land(flight)
-            return out, out_values
-
-        return CudaJob(land)
-
-
-def _int32(device: torch.device, *sizes: int) -> Tensor:
-    return torch.empty(sizes, dtype=torch.int32, device=device)
+        return Launch(self.link, lambda: ((out, out_values), (flight,)))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import time
-from collections.abc import Callable
-from typing import Any, Generic, NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from moe_ep.backends.control import KINDS, Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
+from moe_ep.backends.cuda_jobs import Flight
 from moe_ep.backends.sharing import gather_capability, host_id, local_capability, share
 from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError
+from moe_ep.events import EventOverlap
 
 _LOGGER = logging.getLogger("moe_ep")
 _MAGIC = 0x6D6F6531
@@ -30,44 +32,6 @@ _LEAST_GROUPS = 8
 _ALIGNMENT = 128
 _WARN_SECONDS = 30.0
 _POLL_SECONDS = 0.05
-
-Result = TypeVar("Result")
-
-
-@dataclasses.dataclass(eq=False)
-class Flight:
-    """Work on the communication streams, and what must outlive it.
-
-    Attributes:
-        event: its end.
-        stream: the stream that its tensors were allocated on.
-        keep: inputs, outputs and temporaries.
-        captured: whether it belongs to a graph, so that its event says nothing to the host.
-    """
-
-    event: torch.cuda.Event
-    stream: torch.cuda.Stream
-    keep: tuple[Any, ...]
-    captured: bool
-
-
-class CudaJob(Generic[Result]):
-    """An exchange that was launched; the same face as ``events.Job``."""
-
-    def __init__(self, finish: Callable[[], Result]) -> None:
-        self._finish: Callable[[], Result] | None = finish
-        self._value: Result | None = None
-
-    def result(self) -> Result:
-        """Make the current stream wait for the exchange; in exact mode the host first waits for its sizes."""
-        if self._finish is not None:
-            finish, self._finish = self._finish, None
-            self._value = finish()
-        return self._value  # type: ignore[return-value]
-
-    def done(self) -> bool:
-        """Whether ``result`` has been asked for."""
-        return self._finish is None
 
 
 class CudaLink:
@@ -99,9 +63,11 @@ class CudaLink:
         self.place_stream = torch.cuda.Stream(self.device, priority=-1)
         self._flights: list[Flight] = []
         self._unplaced: list[Callable[[], None]] = []
+        self._caller: torch.cuda.Stream | None = None
         self._overflows = 0
         self._broken: MoeEpError | None = None
         self._calls = 0
+        self._closed = False
 
     # Memory
 
@@ -126,12 +92,29 @@ class CudaLink:
     def payload_for(self, max_tokens: int, row_bytes: int, meta_words: int) -> int:
         """Bytes of each source's ring for exchanges of these sizes; the same on all ranks."""
         group, num_ranks = self.group_bytes(row_bytes, meta_words), self.control.size
-        if num_ranks == 1:
-            return 0
         if self.granted_bytes:
             return self.granted_bytes // num_ranks // _ALIGNMENT * _ALIGNMENT
+        if num_ranks == 1:
+            return 0
         groups = max(-(-max_tokens // self._extension.CHUNK_TOKENS), _LEAST_GROUPS)
         return min(group * groups, max(_DEFAULT_PAYLOAD_BYTES // num_ranks, group * _LEAST_GROUPS))
+
+    def check_grant(self, row_bytes: int, meta_words: int) -> None:
+        """Raise ValueError for a grant whose rings do not hold a single group."""
+        group = self.group_bytes(row_bytes, meta_words)
+        if self.granted_bytes and self.control.size > 1 and self.payload_for(0, row_bytes, meta_words) < group:
+            raise ValueError(
+                f"num_nvl_bytes={self.granted_bytes} is too small for rows of {row_bytes} bytes with {meta_words} "
+                f"words of metadata: grant at least {self.control.size * group} bytes, or 0 to reserve at first use"
+            )
+
+    def check_device(self, name: str, tensor: Tensor) -> None:
+        """Raise ValueError for a tensor elsewhere."""
+        if tensor.device != self.device:
+            raise ValueError(
+                f'{name} is on {tensor.device}; this Buffer exchanges on {self.device} (backend="cuda"): '
+                'move it there, or use backend="torch"'
+            )
 
     def fits(self, row_bytes: int, meta_words: int) -> bool:
         """Whether the rings hold the least that an exchange of such rows needs."""
@@ -151,13 +134,14 @@ class CudaLink:
                 "the arena has to grow during a capture: run the same exchange once before, or call "
                 "reserve(max_tokens_per_rank, row_bytes)"
             )
+        self._place_deferred()
         torch.cuda.synchronize(self.device)
         if self.arena is not None:
             # Peers may still store into it: all ranks have finished what came before.
-            self.control.open(Call("reserve"))
+            self.control.open(Call.of("reserve", f"{payload} bytes from each source"))
             self.arena.close()
         epoch = 0 if self.channel is None else self.channel.epoch()
-        size = self._extension.arena_bytes(num_ranks=self.control.size, payload_bytes=payload)
+        size = self._arena_size(payload)
         self.arena = self._extension.Arena(num_bytes=size, device=self.device.index, way=self.way)
         addresses = share(
             self.arena, self.control.rank, self.control.size, self.gather_bytes, timeout_s=self.control.timeout_s
@@ -180,6 +164,17 @@ class CudaLink:
         """Bytes of the arena."""
         return 0 if self.arena is None else int(self.arena.num_bytes)
 
+    def local_memory(self) -> tuple[Any, int, int] | None:
+        """Arena, and offset and size of its rings; None once it is released, and no arena before it is reserved."""
+        if self._closed:
+            return None
+        num_bytes = 0 if self.arena is None else self.control.size * self.payload_bytes
+        # The rings are what an arena ends with.
+        return self.arena, self._arena_size(self.payload_bytes) - num_bytes, num_bytes
+
+    def _arena_size(self, payload_bytes: int) -> int:
+        return int(self._extension.arena_bytes(num_ranks=self.control.size, payload_bytes=payload_bytes))
+
     def synchronize(self) -> None:
         """Wait for every exchange that was launched."""
         self.stream.synchronize()
@@ -187,6 +182,7 @@ class CudaLink:
 
     def close(self) -> None:
         """Release the memory, without waiting for peers."""
+        self._closed = True
         self._flights.clear()
         if self.arena is not None:
             self.arena.close()
@@ -212,13 +208,33 @@ class CudaLink:
         Rows of dispatches that nobody has waited for are placed first: peers take the next exchange for a sign that the
         rings are free again.
         """
-        while self._unplaced:
-            self._unplaced[0]()
+        self._place_deferred()
         current = torch.cuda.current_stream(self.device)
         if not torch.cuda.is_current_stream_capturing():
-            self._flights = [one for one in self._flights if one.captured or not one.event.query()]
+            self._flights = [one for one in self._flights if not one.let_go()]
         self.stream.wait_stream(current)
         return current
+
+    def _place_deferred(self) -> None:
+        while self._unplaced:
+            self._unplaced[0]()
+
+    @contextlib.contextmanager
+    def after(self, event: EventOverlap) -> Iterator[None]:
+        """Exchanges inside wait for an event instead of the current stream, and allocate on the communication stream.
+
+        Memory of the current stream may be in use by what that stream has yet to do. What is allocated inside and is
+        for the caller's stream needs ``record_stream``.
+        """
+        self._place_deferred()
+        caller = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.stream):
+            event.current_stream_wait()
+            self._caller = caller
+            try:
+                yield
+            finally:
+                self._caller = None
 
     def defer(self, place: Callable[[], None]) -> None:
         """Call ``place`` before the next exchange, unless :meth:`placed` says that it was done."""
@@ -233,7 +249,8 @@ class CudaLink:
         """Mark the end of what was launched since :meth:`begin`, and keep its tensors until then."""
         event = torch.cuda.Event()
         event.record(self.stream)
-        flight = Flight(event, current, keep, torch.cuda.is_current_stream_capturing())
+        # What was allocated on the communication stream goes back to it, which comes after its own exchanges.
+        flight = Flight(event, self._caller or current, keep, torch.cuda.is_current_stream_capturing())
         self._flights.append(flight)
         return flight
 
@@ -243,6 +260,7 @@ class CudaLink:
         current.wait_event(flight.event)
         if current == flight.stream and flight in self._flights:
             self._flights.remove(flight)
+            flight.keep = ()
 
     def header(self, call: Call, error: Exception | None = None) -> list[int]:
         """Words that all ranks compare on the GPU before an exchange."""

@@ -102,7 +102,7 @@ class Outputs:
         if compact:
             topk_idx = counts.topk_idx.new_empty(num_rows, spec.top_k)
         if self._with_source:
-            source = counts.table.new_empty(num_received)
+            source = counts.table.new_empty(num_rows if compact else num_received)
         padded = not compact and spec.layout != "slab"
         self._arguments.set_output(
             max_chunks=max_chunks,

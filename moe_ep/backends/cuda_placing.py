@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from moe_ep.backends.cuda_link import CudaLink, Flight
+from moe_ep.backends.cuda_jobs import Flight
+from moe_ep.backends.cuda_link import CudaLink
 from moe_ep.backends.cuda_outputs import Counts, Outputs
 from moe_ep.backends.types import Dispatch
 
@@ -69,11 +70,9 @@ class Placing:
         link.stream.wait_stream(stream)
         self._flights = (link.end(here, (*self._keep, self._result)), self._flight)
 
-    def land(self) -> Dispatch:
-        """Make the current stream wait for the rows."""
+    def outputs(self) -> tuple[Dispatch, tuple[Flight, ...]]:
+        """The outputs, and what to wait for before they are read."""
         if self._result is None:
             self.place()
         assert self._result is not None
-        for flight in self._flights:
-            self._link.land(flight)
-        return self._result
+        return self._result, self._flights

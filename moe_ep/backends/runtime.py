@@ -6,6 +6,32 @@ import torch
 from torch import Tensor
 
 
+def view_bytes(total: int, dtype: torch.dtype, size: int | None, offset: int) -> tuple[int, int]:
+    """First byte and number of bytes of a view of a buffer.
+
+    Args:
+        total: bytes of the buffer.
+        dtype: of the view.
+        size: elements; None for all that follow ``offset``.
+        offset: first byte.
+
+    Raises:
+        ValueError: when the view does not lie in the buffer.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} must be a torch.dtype, like torch.bfloat16")
+    for name, value in (("size", 0 if size is None else size), ("offset", offset)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name}={value!r} must be an int of 0 or more; size=None takes all behind offset")
+    count = (total - offset) // dtype.itemsize if size is None else size
+    if offset > total or offset % dtype.itemsize or offset + count * dtype.itemsize > total:
+        raise ValueError(
+            f"offset={offset}, size={size} of {dtype} do not lie in the buffer of {total} bytes: "
+            "construct the Buffer with more bytes, or ask for less"
+        )
+    return offset, count * dtype.itemsize
+
+
 class TorchRuntime:
     """What ``Buffer.runtime`` is on the torch backend.
 
@@ -71,20 +97,10 @@ class TorchRuntime:
             ValueError: when the view does not lie in the buffer.
         """
         total = self._sizes[use_rdma_buffer]
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype={dtype!r} must be a torch.dtype, like torch.bfloat16")
-        for name, value in (("size", 0 if size is None else size), ("offset", offset)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}={value!r} must be an int of 0 or more; size=None takes all behind offset")
-        count = (total - offset) // dtype.itemsize if size is None else size
-        if offset > total or offset % dtype.itemsize or offset + count * dtype.itemsize > total:
-            raise ValueError(
-                f"offset={offset}, size={size} of {dtype} do not lie in the buffer of {total} bytes: "
-                "construct the Buffer with more bytes, or ask for less"
-            )
+        first, num_bytes = view_bytes(total, dtype, size, offset)
         if use_rdma_buffer not in self._memory:
             self._memory[use_rdma_buffer] = torch.zeros(total, dtype=torch.uint8, device="cpu")
-        return self._memory[use_rdma_buffer][offset : offset + count * dtype.itemsize].view(dtype)
+        return self._memory[use_rdma_buffer][first : first + num_bytes].view(dtype)
 
     def get_comm_stream(self) -> torch.cuda.Stream | None:
         """None: exchanges run on a host thread."""
