@@ -118,7 +118,8 @@ def main() -> None:
         where = f"{layers} MoE layers, {options.experts} experts on {dist.get_world_size()} ranks"
         print(f"{where}: loss {losses[0]:.2f} -> {losses[-1]:.2f}")  # noqa: T201
         if options.json:
-            backends = sorted({one.token_dispatcher.backend_name for one in model.modules() if isinstance(one, MoELayer)})
+            dispatchers = [module.token_dispatcher for module in model.modules() if isinstance(module, MoELayer)]
+            backends = sorted({one.backend_name for one in dispatchers})
             found = {"losses": losses, "device": device.type, "backends": backends}
             options.json.write_text(json.dumps(found))
     dist.destroy_process_group()
