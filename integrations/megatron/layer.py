@@ -133,7 +133,8 @@ def _replace(part: Any, backend: str, seen: set[int]) -> int:
     for name, value in list(getattr(part, "__dict__", {}).items()):
         # Later releases build with functools.partial(MoELayer, submodules=...).
         if isinstance(value, functools.partial) and value.func is MoELayer:
-            setattr(part, name, functools.partial(EPMoELayer, *value.args, **value.keywords, backend=backend))
+            keywords = {**value.keywords, "backend": backend}
+            setattr(part, name, functools.partial(EPMoELayer, *value.args, **keywords))
             found += 1
         elif not isinstance(value, type):
             found += _replace(value, backend, seen)
