@@ -103,7 +103,9 @@ def _shard(layer: MoELayer, info: FSDPMeshInfo | None, dp_mesh: DeviceMesh, opti
         fully_shard(layer.router, mesh=dp_mesh, **{**options, "mp_policy": own_dtype, "reshard_after_forward": False})
     if info is None:
         # Each expert is on one rank, so FSDP has nothing to gather and nothing to reduce.
-        own: set[nn.Parameter] = {parameter for parameter in layer.experts.parameters() if isinstance(parameter, DTensor)}
+        own: set[nn.Parameter] = {
+            parameter for parameter in layer.experts.parameters() if isinstance(parameter, DTensor)
+        }
         fully_shard(layer, mesh=dp_mesh, ignored_params=own, **options)
         return
     fully_shard(layer, mesh=dp_mesh, shard_placement_fn=_placement(layer, info), **options)
