@@ -2,12 +2,14 @@
 
     torchrun --nproc-per-node 4 examples/fsdp_train.py --ep 2 --save /tmp/checkpoint
     torchrun --nproc-per-node 2 examples/fsdp_train.py --ep 2 --load /tmp/checkpoint --wrapper ddp
+    torchrun --nproc-per-node 2 examples/fsdp_train.py --backend cuda               # moe_ep's own kernels
 
 On GPUs where there is one for each rank, else on the CPU. The second command goes on from what the first has saved, on
 another number of ranks. The task: say which letter comes next in texts that repeat a random word.
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -27,7 +29,7 @@ VOCABULARY, LENGTH, WORD, SEQUENCES, HIDDEN = 32, 48, 6, 16, 64
 
 
 class Block(nn.Module):
-    def __init__(self, num_experts: int, layer_idx: int) -> None:
+    def __init__(self, num_experts: int, layer_idx: int, backend: str) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(2))
         self.attention = nn.MultiheadAttention(HIDDEN, 4, batch_first=True)
@@ -40,6 +42,7 @@ class Block(nn.Module):
             top_k=2,
             aux_loss_coef=0.01,
             layer_idx=layer_idx,
+            backend=backend,
         )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -49,11 +52,11 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, backend: str) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, HIDDEN)
         self.positions = nn.Embedding(LENGTH, HIDDEN)
-        self.blocks = nn.ModuleList(Block(num_experts, i) for i in range(2))
+        self.blocks = nn.ModuleList(Block(num_experts, i, backend) for i in range(2))
         self.head = nn.Linear(HIDDEN, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -82,8 +85,8 @@ def batch(generator: torch.Generator, device: str) -> tuple[Tensor, Tensor]:
     return text[:, :-1], text[:, 1:]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, device: str) -> tuple[float, float]:
-    """First and last loss, averaged over ranks."""
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, device: str) -> list[float]:
+    """The loss of every step, averaged over ranks."""
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
     losses = []
     for _ in range(steps):
@@ -94,10 +97,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, device
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.detach())
-    ends = torch.stack([losses[0], losses[-1]])
-    dist.all_reduce(ends)
-    first, last = (ends / dist.get_world_size()).tolist()
-    return first, last
+    means = torch.stack(losses)
+    dist.all_reduce(means)
+    return (means / dist.get_world_size()).tolist()
 
 
 def main() -> None:
@@ -106,6 +108,8 @@ def main() -> None:
     parser.add_argument("--ep", type=int, help="ranks that share a set of experts (default: all)")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--backend", choices=("auto", "torch", "cuda"), default="auto", help="of the exchanges")
+    parser.add_argument("--json", type=Path, help="file to write the loss of every step to")
     parser.add_argument("--save", type=Path, help="folder to write a checkpoint to")
     parser.add_argument("--load", type=Path, help="folder of a checkpoint to go on from")
     args = parser.parse_args()
@@ -118,16 +122,19 @@ def main() -> None:
 
     torch.manual_seed(0)
     ep = args.ep or dist.get_world_size()
-    model = wrap(LanguageModel(args.experts).to(device), args.wrapper, device, ep)
+    model = wrap(LanguageModel(args.experts, args.backend).to(device), args.wrapper, device, ep)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     if args.load:
         states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         dcp.load(states, checkpoint_id=args.load)
         set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
-    first, last = train(model, optimizer, args.steps, device)
+    losses = train(model, optimizer, args.steps, device)
     if dist.get_rank() == 0:
         print(f"{args.wrapper}, {args.experts} experts over {ep} of {dist.get_world_size()} ranks, {device}:", end=" ")
-        print(f"loss {first:.3f} -> {last:.3f}", flush=True)
+        print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
+        if args.json:
+            backends = sorted({m.dispatcher.backend_name for m in model.modules() if isinstance(m, MoELayer)})
+            args.json.write_text(json.dumps({"losses": losses, "device": device, "backends": backends}))
     if args.save:
         states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         dcp.save(states, checkpoint_id=args.save)

@@ -1,13 +1,16 @@
 """Trains a small GPT of Megatron-Core whose experts are spread over ranks, with moe_ep moving the tokens.
 
     torchrun --nproc-per-node 2 examples/megatron_gpt.py
+    torchrun --nproc-per-node 2 examples/megatron_gpt.py --backend cuda     # moe_ep's own kernels
 
 Needs megatron-core 0.16.1 and a GPU per rank; neither TransformerEngine nor Apex. The task: say which letter comes next
 in texts that repeat a random word.
 """
 
 import argparse
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -93,6 +97,8 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--shared-expert", action="store_true", help="one more expert, beside the exchanges")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--backend", choices=("auto", "torch", "cuda"), default="auto", help="of the exchanges")
+    parser.add_argument("--json", type=Path, help="file to write the loss of every step to")
     options = parser.parse_args()
 
     device = torch.device(options.device)
@@ -100,16 +106,22 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
-    torch.manual_seed(0)
     model_parallel_cuda_manual_seed(0)
+    # Weights are drawn on the CPU: the same with and without GPUs.
+    torch.manual_seed(0)
 
     model = make_model(options.experts, options.shared_expert).to(device)
-    layers = patch_model(model)
+    layers = patch_model(model, backend=options.backend)
 
     losses = train(model, options.steps, device)
     if dist.get_rank() == 0:
         where = f"{layers} MoE layers, {options.experts} experts on {dist.get_world_size()} ranks"
         print(f"{where}: loss {losses[0]:.2f} -> {losses[-1]:.2f}")  # noqa: T201
+        if options.json:
+            dispatchers = [module.token_dispatcher for module in model.modules() if isinstance(module, MoELayer)]
+            backends = sorted({one.backend_name for one in dispatchers})
+            found = {"losses": losses, "device": device.type, "backends": backends}
+            options.json.write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

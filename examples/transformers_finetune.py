@@ -3,12 +3,14 @@
     torchrun --nproc-per-node 2 examples/transformers_finetune.py                       # a tiny model, from scratch
     torchrun --nproc-per-node 2 examples/transformers_finetune.py --lora                # LoRA on attention and experts
     torchrun --nproc-per-node 8 examples/transformers_finetune.py --model Qwen/Qwen3-30B-A3B --lora --bf16
+    torchrun --nproc-per-node 2 examples/transformers_finetune.py --backend cuda        # moe_ep's own kernels
 
 The text is read byte by byte for the tiny model, else with the model's own tokenizer. Works with transformers 5.0 and
 later. Ranks that outnumber the GPUs share them.
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 import transformers
 from torch.utils.data import Dataset
 
-from moe_ep.integrations.transformers import expert_parameters, parallelize
+from moe_ep.integrations.transformers import dispatchers, expert_parameters, parallelize
 from moe_ep.integrations.transformers.trainer import ExpertParallelTrainer
 
 LENGTH = 64
@@ -86,6 +88,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--backend", choices=("auto", "torch", "cuda"), default="auto", help="of the exchanges")
+    parser.add_argument("--json", type=Path, help="file to write the loss of every step to")
     options = parser.parse_args()
 
     join_group()
@@ -100,7 +104,7 @@ def main() -> None:
     if options.lora:
         model = with_lora(model)
     # Adapters before it, DDP and the optimizer, which Trainer makes, after it.
-    parallelize(model)
+    parallelize(model, backend=options.backend)
 
     arguments = transformers.TrainingArguments(
         output_dir=options.output,
@@ -108,7 +112,7 @@ def main() -> None:
         per_device_train_batch_size=8,
         learning_rate=options.learning_rate,
         bf16=options.bf16,
-        logging_steps=max(1, options.steps // 10),
+        logging_steps=1 if options.json else max(1, options.steps // 10),
         save_strategy="no",
         report_to=[],
         ddp_find_unused_parameters=False,
@@ -121,6 +125,10 @@ def main() -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         own = sum(parameter.numel() for _, parameter in expert_parameters(model))
         print(f"{dist.get_world_size()} ranks, {own} parameters of experts on each: loss {losses[0]} -> {losses[-1]}")  # noqa: T201
+        if options.json:
+            backends = sorted({one.backend_name for made in dispatchers(model).values() for one in made})
+            found = {"losses": losses, "device": trainer.args.device.type, "backends": backends}
+            options.json.write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

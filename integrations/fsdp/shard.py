@@ -53,12 +53,8 @@ def apply_ep(
     Raises:
         ValueError: a mesh that does not fit, no MoE layer, or one that is sharded already, is of another group, or has
             experts that ``mesh["ep"]`` does not divide.
-        ImportError: torch before 2.13.
+        ImportError: torch before 2.13, with experts that are to be sharded, copied or cast.
     """
-    if _missing is not None:
-        raise ImportError(
-            f"torch {torch.__version__} cannot shard the parameters of one module over two meshes: it takes torch 2.13"
-        ) from _missing
     full = with_shards(mesh)
     layers = find_layers(model, full[EP])
     if dp_mesh is None:
@@ -67,11 +63,28 @@ def apply_ep(
         raise ValueError(
             f"dp_mesh has {dp_mesh.size()} ranks and mesh {mesh.size()}: both must be all data-parallel ranks"
         )
-    info = _mesh_of_experts(full)
+    if _missing is not None:
+        _check_held_once(full, fsdp_options)
+    info = None if _missing is not None else _mesh_of_experts(full)
     for layer in layers:
         spread(layer, full[EP])
         _shard(layer, info, dp_mesh, fsdp_options)
     return model
+
+
+def _check_held_once(full: DeviceMesh, options: dict[str, Any]) -> None:
+    """Raise ImportError where experts need FSDP and this torch cannot shard one module over two meshes."""
+    policy: MixedPrecisionPolicy | None = options.get("mp_policy")
+    what = ""
+    if full[EP].size() not in (1, full.size()):
+        what = "experts that several ranks hold"
+    elif policy is not None and policy.param_dtype is not None:
+        what = "mixed precision"
+    if what:
+        raise ImportError(
+            f"torch {torch.__version__} cannot shard the parameters of one module over two meshes: {what} takes torch"
+            " 2.13, or spread the experts over all ranks, in one precision"
+        ) from _missing
 
 
 def _mesh_of_experts(full: DeviceMesh) -> FSDPMeshInfo:
@@ -80,7 +93,7 @@ def _mesh_of_experts(full: DeviceMesh) -> FSDPMeshInfo:
     return FSDPMeshInfo(mesh=full[EFSDP], shard_mesh_dim=0)
 
 
-def _shard(layer: MoELayer, info: FSDPMeshInfo, dp_mesh: DeviceMesh, options: dict[str, Any]) -> None:
+def _shard(layer: MoELayer, info: FSDPMeshInfo | None, dp_mesh: DeviceMesh, options: dict[str, Any]) -> None:
     policy: MixedPrecisionPolicy | None = options.get("mp_policy")
     if policy is not None and policy.param_dtype is not None:
         # Rows travel in the dtype that experts compute in.
@@ -88,6 +101,13 @@ def _shard(layer: MoELayer, info: FSDPMeshInfo, dp_mesh: DeviceMesh, options: di
         own_dtype = replace(policy, param_dtype=None, output_dtype=None, cast_forward_inputs=False)
         # Kept gathered until backward: FSDP finds no tensors in what a router returns, to gather it again for.
         fully_shard(layer.router, mesh=dp_mesh, **{**options, "mp_policy": own_dtype, "reshard_after_forward": False})
+    if info is None:
+        # Each expert is on one rank, so FSDP has nothing to gather and nothing to reduce.
+        own: set[nn.Parameter] = {
+            parameter for parameter in layer.experts.parameters() if isinstance(parameter, DTensor)
+        }
+        fully_shard(layer, mesh=dp_mesh, ignored_params=own, **options)
+        return
     fully_shard(layer, mesh=dp_mesh, shard_placement_fn=_placement(layer, info), **options)
 
 

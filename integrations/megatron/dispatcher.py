@@ -32,13 +32,20 @@ class EPTokenDispatcher(MoETokenDispatcher):
         local_expert_indices: their global ids, consecutive.
         config: ``TransformerConfig`` with ``moe_token_dispatcher_type="alltoall"``.
         pg_collection: process groups with ``ep``, ``expt_tp`` and ``tp_ep``.
+        backend: of the exchanges: ``"auto"``, ``"torch"`` or ``"cuda"``.
 
     Raises:
         ValueError: for settings that cannot work; names the remedy.
     """
 
     def __init__(
-        self, num_local_experts: int, local_expert_indices: list[int], config: Any, pg_collection: Any, **_: Any
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: Any,
+        pg_collection: Any,
+        backend: str = "auto",
+        **_: Any,
     ) -> None:
         check_config(config)
         super().__init__(config=config, pg_collection=pg_collection)
@@ -46,6 +53,7 @@ class EPTokenDispatcher(MoETokenDispatcher):
         self.num_local_experts = num_local_experts
         self.local_expert_indices = local_expert_indices
         self.num_experts = config.num_moe_experts
+        self.backend = backend
         self.ep_rank = self.ep_group.rank()
         # Experts that are split over expert_tensor_parallel_size ranks take every token on each of them.
         self.group = self.tp_ep_group if self.tp_size > 1 else self.ep_group
@@ -66,6 +74,11 @@ class EPTokenDispatcher(MoETokenDispatcher):
         self._handle: DispatchHandle | None = None
         self._pending_dispatch: PendingDispatch | None = None
         self._pending_combine: PendingCombine | None = None
+
+    @property
+    def backend_name(self) -> str:
+        """The backend in use."""
+        return self._exchange.backend_name
 
     def set_shared_experts(self, shared_experts: nn.Module) -> None:
         """Run these beside the exchanges: their first GEMM beside dispatch, their second beside combine."""
@@ -203,6 +216,7 @@ class EPTokenDispatcher(MoETokenDispatcher):
                 dtype=dtype,
                 alignment=alignment(self.config),
                 weights="experts",
+                backend=self.backend,
                 capacity=None if per_expert is None else Capacity(per_expert=per_expert),
             )
         return self._exchanges[key]

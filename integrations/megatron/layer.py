@@ -29,6 +29,7 @@ class EPMoELayer(MoELayer):
         submodules: ``MoESubmodules``.
         layer_number: of the transformer layer.
         pg_collection: process groups; None takes those of ``parallel_state``.
+        backend: of the exchanges: ``"auto"``, ``"torch"`` or ``"cuda"``.
         kwargs: what later releases of Megatron-Core pass on to ``MoELayer``.
 
     Raises:
@@ -41,6 +42,7 @@ class EPMoELayer(MoELayer):
         submodules: Any = None,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        backend: str = "auto",
         **kwargs: Any,
     ) -> None:
         check_config(config)
@@ -48,14 +50,15 @@ class EPMoELayer(MoELayer):
             # Megatron-Core 0.16 hands the groups to MoELayer alone, which it recognises by identity.
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, **kwargs)
-        _set_dispatcher(self, pg_collection)
+        _set_dispatcher(self, pg_collection, backend)
 
 
-def patch_model(model: nn.Module | Iterable[nn.Module]) -> int:
+def patch_model(model: nn.Module | Iterable[nn.Module], *, backend: str = "auto") -> int:
     """Give every MoE layer of a model the moe_ep dispatcher. Collective; changes no parameter.
 
     Args:
         model: a model, or its chunks (virtual pipeline stages); wrapped in Megatron's DDP or not.
+        backend: of the exchanges: ``"auto"``, ``"torch"`` or ``"cuda"``. Layers that have the dispatcher keep theirs.
 
     Returns:
         MoE layers that have the dispatcher now; those that had it before are counted.
@@ -74,21 +77,22 @@ def patch_model(model: nn.Module | Iterable[nn.Module]) -> int:
         check_config(layer.config)
     for layer in layers:
         if not isinstance(layer.token_dispatcher, EPTokenDispatcher):
-            _set_dispatcher(layer, _groups_of(layer))
+            _set_dispatcher(layer, _groups_of(layer), backend)
     return len(layers)
 
 
-def patch_spec(spec: Spec) -> Spec:
+def patch_spec(spec: Spec, *, backend: str = "auto") -> Spec:
     """A copy of a spec that builds ``EPMoELayer`` wherever it built ``MoELayer``.
 
     Args:
         spec: of a layer (``ModuleSpec``), of a block (``TransformerBlockSubmodules``), or anything made of those.
+        backend: of the exchanges: ``"auto"``, ``"torch"`` or ``"cuda"``.
 
     Raises:
         ValueError: where it builds no ``MoELayer``.
     """
     copied = copy.deepcopy(spec)
-    if not _replace(copied, set()):
+    if not _replace(copied, backend, set()):
         raise ValueError(
             f"spec={type(spec).__name__} builds no MoELayer: make it with num_experts, as in "
             "get_gpt_layer_local_spec(num_experts=8)"
@@ -96,9 +100,13 @@ def patch_spec(spec: Spec) -> Spec:
     return copied
 
 
-def _set_dispatcher(layer: MoELayer, groups: ProcessGroupCollection) -> None:
+def _set_dispatcher(layer: MoELayer, groups: ProcessGroupCollection, backend: str) -> None:
     layer.token_dispatcher = EPTokenDispatcher(
-        layer.num_local_experts, layer.local_expert_indices, config=layer.config, pg_collection=groups
+        layer.num_local_experts,
+        layer.local_expert_indices,
+        config=layer.config,
+        pg_collection=groups,
+        backend=backend,
     )
     if layer.use_shared_expert and layer.shared_expert_overlap:
         layer.token_dispatcher.set_shared_experts(layer.shared_experts)
@@ -110,22 +118,24 @@ def _groups_of(layer: MoELayer) -> ProcessGroupCollection:
     return ProcessGroupCollection(ep=present.ep_group, expt_tp=present.tp_group, tp_ep=present.tp_ep_group)
 
 
-def _replace(part: Any, seen: set[int]) -> int:
+def _replace(part: Any, backend: str, seen: set[int]) -> int:
     """Replace MoELayer inside a spec, in place; returns how often."""
     if id(part) in seen:
         return 0
     seen.add(id(part))
     if isinstance(part, ModuleSpec) and part.module is MoELayer:
         part.module = EPMoELayer
+        part.params = {**(part.params or {}), "backend": backend}
         return 1
     if isinstance(part, list | tuple):
-        return sum(_replace(entry, seen) for entry in part)
+        return sum(_replace(entry, backend, seen) for entry in part)
     found = 0
     for name, value in list(getattr(part, "__dict__", {}).items()):
         # Later releases build with functools.partial(MoELayer, submodules=...).
         if isinstance(value, functools.partial) and value.func is MoELayer:
-            setattr(part, name, functools.partial(EPMoELayer, *value.args, **value.keywords))
+            keywords = {**value.keywords, "backend": backend}
+            setattr(part, name, functools.partial(EPMoELayer, *value.args, **keywords))
             found += 1
         elif not isinstance(value, type):
-            found += _replace(value, seen)
+            found += _replace(value, backend, seen)
     return found

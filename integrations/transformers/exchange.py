@@ -25,12 +25,20 @@ class ExpertExchange:
         group: ranks that together hold all experts; 1-D where it is a mesh. All layers share the group's Buffer.
         num_experts: E, of all ranks together.
         layer: name that events of the dispatchers carry; None takes a number.
+        backend: of the dispatchers.
     """
 
-    def __init__(self, group: dist.ProcessGroup | DeviceMesh, num_experts: int, layer: str | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh,
+        num_experts: int,
+        layer: str | None = None,
+        backend: str = "auto",
+    ) -> None:
         self.group = group
         self.num_experts = num_experts
         self.layer = layer
+        self.backend = backend
         self._dispatchers: dict[tuple[torch.dtype, int, int, str], TokenDispatcher] = {}
 
     @property
@@ -79,6 +87,7 @@ class ExpertExchange:
                 top_k=top_k,
                 dtype=hidden_states.dtype,
                 weights=weights,
+                backend=self.backend,
             )
             dispatcher.layer = self.layer if self.layer is not None else dispatcher.layer
             self._dispatchers[key] = dispatcher
@@ -86,7 +95,7 @@ class ExpertExchange:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertExchange:
         # Groups do not copy; a copied dispatcher shares its Buffer.
-        copy = ExpertExchange(self.group, self.num_experts, self.layer)
+        copy = ExpertExchange(self.group, self.num_experts, self.layer, self.backend)
         copy._dispatchers = {key: d.__deepcopy__(memo) for key, d in self._dispatchers.items()}
         return copy
 

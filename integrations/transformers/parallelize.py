@@ -39,6 +39,7 @@ def parallelize(
     *,
     replica_group: Group | None = None,
     data_parallel_size: int | None = None,
+    backend: str = "auto",
 ) -> Model:
     """Spread the experts of a model over the ranks of ``group``, in place. Not collective, but every rank calls it.
 
@@ -54,6 +55,7 @@ def parallelize(
         replica_group: ranks that hold the same experts, where several groups train one model; their gradients are
             summed during backward.
         data_parallel_size: W, how many ranks' losses are averaged; None for all ranks.
+        backend: of the exchanges: ``"auto"``, ``"torch"`` or ``"cuda"``.
 
     Returns:
         ``model``.
@@ -69,7 +71,7 @@ def parallelize(
         _check_experts(one, num_ranks)
     configs: dict[int, Any] = {}
     for one in found:
-        _spread(one, rank, num_ranks, process_group, replicas, divisor, configs)
+        _spread(one, rank, num_ranks, process_group, replicas, divisor, backend, configs)
     ignore_experts_in_ddp(model)
     guard_saving(model)
     return model
@@ -193,6 +195,7 @@ def _spread(
     group: dist.ProcessGroup,
     replicas: dist.ProcessGroup | None,
     divisor: int,
+    backend: str,
     configs: dict[int, Any],
 ) -> None:
     experts = found.experts
@@ -203,7 +206,7 @@ def _spread(
         configs[id(config)] = copy.deepcopy(config)
         configs[id(config)]._experts_implementation = NAME
     compute = config._experts_implementation
-    exchange = ExpertExchange(group, num_experts, layer=found.name)
+    exchange = ExpertExchange(group, num_experts, layer=found.name, backend=backend)
     share = LocalExperts(
         exchange, found.stacked, "grouped_mm" if compute == NAME else compute, found.wrappers, replicas, divisor
     )

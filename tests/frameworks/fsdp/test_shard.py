@@ -1,13 +1,14 @@
 """apply_ep: training on any mesh equals training without one."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from moe_ep.integrations.fsdp import apply_ep, clip_grad_norm_, dense_mesh
+from moe_ep.integrations.fsdp import apply_ep, clip_grad_norm_, dense_mesh, shard
 from moe_ep.layers import load_full_state_dict, scale_expert_gradients
 from moe_ep.testing import RankContext
 from tests.frameworks.fsdp.model import (
@@ -48,6 +49,29 @@ def train(ctx: RankContext, mesh: tuple, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_training_equals_the_unsharded_model(ranks: Ranks, mesh: tuple, unsharded_first: bool) -> None:
     ranks(4, train, mesh, {"unsharded_first": unsharded_first})
+
+
+def train_without_two_meshes(ctx: RankContext, mesh: tuple) -> None:
+    with mock.patch.object(shard, "_missing", ImportError("ShardPlacementResult")):
+        model = sharded(make_mesh(*mesh), unsharded_first=True)
+    check_training(ctx, model, clip)
+
+
+@pytest.mark.parametrize("mesh", [((4,), ("ep",)), ((1, 4), ("efsdp", "ep")), ((4, 1), ("efsdp", "ep"))], ids=str)
+def test_experts_on_one_rank_each_work_before_torch_2_13(ranks: Ranks, mesh: tuple) -> None:
+    ranks(4, train_without_two_meshes, mesh)
+
+
+def refuse_without_two_meshes(ctx: RankContext) -> None:
+    with mock.patch.object(shard, "_missing", ImportError("ShardPlacementResult")):
+        with pytest.raises(ImportError, match="experts that several ranks hold takes torch 2.13, or spread"):
+            sharded(make_mesh(*EP2))
+        with pytest.raises(ImportError, match="mixed precision takes torch 2.13"):
+            sharded(make_mesh((4,), ("ep",)), fsdp={"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)})
+
+
+def test_sharded_experts_take_torch_2_13(ranks: Ranks) -> None:
+    ranks(4, refuse_without_two_meshes)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moe_ep.errors import NotBuiltError
 from moe_ep.testing import RankContext
 from tests.frameworks.megatron.models import layer_spec, layout, make_config, make_gpt, make_layer
 from tests.frameworks.megatron.shim import cpu_megatron, on_cpu
@@ -133,6 +134,33 @@ def specs(ctx: RankContext) -> None:
 
 def test_specs(ranks: Ranks) -> None:
     ranks(2, specs)
+
+
+@on_cpu
+def named_backends(ctx: RankContext) -> None:
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.spec_utils import build_module
+
+    from moe_ep.integrations.megatron import patch_model, patch_spec
+
+    with layout(ep=2):
+        config = make_config(ep=2)
+        spec = layer_spec(config).submodules.mlp
+        later = SimpleNamespace(mlp=functools.partial(MoELayer, submodules=spec.submodules))
+        with pytest.raises(NotBuiltError, match='backend="cuda"'):
+            patch_model(make_layer("native", config), backend="cuda")
+        with pytest.raises(NotBuiltError, match='backend="cuda"'):
+            build_module(patch_spec(spec, backend="cuda"), config=config)
+        with pytest.raises(NotBuiltError, match='backend="cuda"'):
+            patch_spec(later, backend="cuda").mlp(config=config)
+        model = make_layer("native", config)
+        patch_model(model, backend="torch")
+        assert model.token_dispatcher.backend == "torch"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where the backend is missing")
+def test_the_named_backend_is_used(ranks: Ranks) -> None:
+    ranks(2, named_backends)
 
 
 @on_cpu

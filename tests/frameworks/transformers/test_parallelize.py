@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from moe_ep.errors import NotBuiltError
 from moe_ep.integrations.fsdp import clip_grad_norm_
 from moe_ep.integrations.transformers import (
     dispatchers,
@@ -325,6 +326,20 @@ def test_refusals_name_the_remedy(ranks) -> None:
     ranks(4, refuse_half_a_world)
     with pytest.raises(ValueError, match="init_process_group"):
         parallelize(make_model("mixtral"))
+
+
+def named_backends(ctx: RankContext) -> None:
+    model = parallelize(make_model("mixtral"), backend="cuda")
+    with pytest.raises(NotBuiltError, match='backend="cuda"'):
+        loss_of(model, ids_of(ctx.rank, 0))
+    copied = copy.deepcopy(model)
+    with pytest.raises(NotBuiltError, match='backend="cuda"'):
+        loss_of(copied, ids_of(ctx.rank, 0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where the backend is missing")
+def test_the_named_backend_is_used(ranks) -> None:
+    ranks(2, named_backends)
 
 
 def test_the_experts_function_needs_a_parallelized_model() -> None:
