@@ -207,6 +207,10 @@ class Exchanger:
         """Choices that the last dispatch received for each local expert."""
         return tokens_per_expert.tolist()
 
+    def fake_plan(self, topk_idx: Tensor, size: Callable[[], Any]) -> list[Tensor]:
+        """What a tracer sees of a dispatch's plan; ``size()`` gives a size that only the exchange will know."""
+        return Plan.fake_tensors(topk_idx, self.spec.num_ranks, size)
+
     def next_seq(self) -> int:
         """Number of the exchange being launched, for hooks."""
         self._seq += 1

@@ -16,6 +16,8 @@ from moe_ep.backends.control import Call
 from moe_ep.backends.cuda_exchange import Counts, CudaBackend
 from moe_ep.backends.cuda_jobs import CudaJob
 from moe_ep.backends.cuda_link import CudaLink
+from moe_ep.backends.cuda_outputs import max_chunks
+from moe_ep.backends.cuda_plan import table_layout
 from moe_ep.backends.types import Dispatch
 from moe_ep.buffer import Buffer
 from moe_ep.config import FP8_GROUP, ExchangeSpec
@@ -242,6 +244,14 @@ class CudaExchanger(Exchanger):
     def host_counts(self, tokens_per_expert: Tensor) -> list[int]:
         """Choices that the last dispatch received for each local expert; without a wait for the device."""
         return tokens_per_expert.tolist() if self._listed is None else self._listed
+
+    def fake_plan(self, topk_idx: Tensor, size: Callable[[], Any]) -> list[Tensor]:
+        """What a tracer sees of a dispatch's plan; ``size()`` gives a size that only the exchange will know."""
+        spec, num_words = self.spec, table_layout(self.spec.num_ranks, self.spec.num_experts)["num_words"]
+        most = spec.max_tokens_per_rank
+        if most is None or (spec.layout != "slab" and spec.capacity is None):
+            return CudaPlan.fake_tensors(topk_idx, spec.num_ranks, num_words, size(), size())
+        return CudaPlan.fake_tensors(topk_idx, spec.num_ranks, num_words, spec.num_ranks * most, max_chunks(most))
 
     def _checked(self, finish: Callable[[], Any]) -> CudaJob:
         """A job that raises what is known to have gone wrong when it is waited for."""

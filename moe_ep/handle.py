@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -188,9 +189,30 @@ class Plan:
             place=PlacePlan(pad_rows=pad_rows, **fields),
         )
 
+    @staticmethod
+    def fake_tensors(topk_idx: Tensor, num_ranks: int, size: Callable[[], Any]) -> list[Tensor]:
+        """What a tracer sees of :meth:`to_tensors`.
 
-NUM_SCALARS = len(_SCALARS) + len(_IDENTITY_FLAGS)
+        Args:
+            topk_idx: fake int64 [T, K].
+            num_ranks: R.
+            size: gives a new size that only the exchange will know.
+        """
+        num_wire = size()
+        return [
+            torch.empty(_NUM_SCALARS + 2 * num_ranks, dtype=torch.int64, device="cpu"),
+            topk_idx.new_empty(num_wire),
+            topk_idx.new_empty(topk_idx.shape[0] * topk_idx.shape[1]),
+            topk_idx.new_empty(num_wire),
+            topk_idx.new_empty(topk_idx.shape[0]),
+            *(topk_idx.new_empty(size()) for _ in range(NUM_PLAN_TENSORS - 5)),
+        ]
+
+
+_NUM_SCALARS = len(_SCALARS) + len(_IDENTITY_FLAGS)
 NUM_PLAN_TENSORS = 6 + len(_IDENTITY_FLAGS)
+# Which tensor of a plan, of either kind, has one element per token.
+PER_TOKEN = 4
 
 _CUDA_SCALARS = (
     "owner",
@@ -274,6 +296,30 @@ class CudaPlan:
         return CudaPlan(
             **scalars, table=table, groups=groups, positions=positions, token_ranks=token_ranks, idx_in_rank=idx_in_rank
         )
+
+    @staticmethod
+    def fake_tensors(
+        topk_idx: Tensor, num_ranks: int, num_words: int, num_received: Any, max_chunks: Any
+    ) -> list[Tensor]:
+        """What a tracer sees of :meth:`to_tensors`.
+
+        Args:
+            topk_idx: fake int64 [T, K].
+            num_ranks: R.
+            num_words: of ``table``.
+            num_received: N, or a size that only the exchange will know.
+            max_chunks: groups per source, or such a size.
+        """
+        (num_tokens, top_k), words = topk_idx.shape, topk_idx.new_empty(num_words, dtype=torch.int32)
+        tensors = [
+            torch.empty(len(_CUDA_SCALARS), dtype=torch.int64, device="cpu"),
+            words,
+            words.new_empty(num_ranks, max_chunks, 2),
+            words.new_empty(num_received, top_k),
+            words.new_empty(num_tokens),
+            words.new_empty(num_tokens, num_ranks),
+        ]
+        return tensors + [words.new_empty(0) for _ in range(NUM_PLAN_TENSORS - len(tensors))]
 
 
 @dataclasses.dataclass(frozen=True)

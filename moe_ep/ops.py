@@ -16,9 +16,8 @@ from torch.autograd.function import FunctionCtx
 
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import ExchangeSpec
-from moe_ep.errors import NotBuiltError
 from moe_ep.exchange import Exchanger, lookup
-from moe_ep.handle import NUM_PLAN_TENSORS, NUM_SCALARS, Plan
+from moe_ep.handle import NUM_PLAN_TENSORS, PER_TOKEN, CudaPlan, Plan
 
 
 def extras_of(result: Dispatch) -> list[Tensor]:
@@ -29,6 +28,17 @@ def extras_of(result: Dispatch) -> list[Tensor]:
     if overflow is None:
         overflow = torch.zeros((), dtype=torch.bool, device=device)
     return [result.expert_ends, overflow, topk_idx]
+
+
+def unshared(*parts: Tensor) -> list[Tensor]:
+    """Copies of parts of one tensor, made by one kernel.
+
+    An operator may not return tensors that share memory: a compiler would reuse that of one while another is needed.
+    """
+    copies = [torch.empty_like(part) for part in parts]
+    # As bytes, since the parts differ in dtype.
+    torch._foreach_copy_([copy.view(torch.uint8) for copy in copies], [part.view(torch.uint8) for part in parts])
+    return copies
 
 
 # NOTE: not torch.library.custom_op: its wrappers, which walk every argument as a tree, cost as much as a whole small
@@ -90,7 +100,12 @@ def _dispatch(
     exchanger = lookup(dispatcher_id)
     result = run_dispatch(exchanger, x, topk_idx, topk_weights)
     rows, weights = exchanger.layout_rows(result)
-    return rows, weights, result.tokens_per_expert, [*result.plan.to_tensors(), *extras_of(result)]
+    counts, extras = result.tokens_per_expert, extras_of(result)
+    if isinstance(result.plan, CudaPlan):
+        expert_ends, overflow, topk_local = extras
+        counts, expert_ends, overflow = unshared(counts, expert_ends, overflow)
+        extras = [expert_ends, overflow, topk_local]
+    return rows, weights, counts, [*result.plan.to_tensors(), *extras]
 
 
 @torch.library.impl(_LIBRARY, "combine", "CompositeExplicitAutograd")
@@ -133,23 +148,9 @@ def _dispatch_fake(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, anchor: Tensor, dispatcher_id: int
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     exchanger = lookup(dispatcher_id)
-    if exchanger.buffer.backend_name == "cuda":
-        raise NotBuiltError(
-            'torch.compile does not trace exchanges of backend="cuda" in this version: call the dispatcher outside of '
-            'what is compiled (torch.compiler.disable), or use backend="torch"'
-        )
     spec = exchanger.spec
-    size = torch.library.get_ctx().new_dynamic_size
     rows, weights, topk_local = _fake_rows(x, topk_idx, topk_weights, spec)
-    num_wire = size()
-    plan = [
-        torch.empty(NUM_SCALARS + 2 * spec.num_ranks, dtype=torch.int64, device="cpu"),
-        topk_idx.new_empty(num_wire),
-        topk_idx.new_empty(topk_idx.shape[0] * topk_idx.shape[1]),
-        topk_idx.new_empty(num_wire),
-        topk_idx.new_empty(topk_idx.shape[0]),
-        *(topk_idx.new_empty(size()) for _ in range(NUM_PLAN_TENSORS - 5)),
-    ]
+    plan = exchanger.fake_plan(topk_idx, torch.library.get_ctx().new_dynamic_size)
     counts = topk_idx.new_empty(spec.num_local_experts, dtype=torch.int32)
     extras = [torch.empty_like(counts), topk_idx.new_empty((), dtype=torch.bool), topk_local]
     return rows, weights, counts, [*plan, *extras]
@@ -171,7 +172,7 @@ def _fake_rows(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, spec: Exchange
 def _combine_fake(
     y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: Tensor, dispatcher_id: int
 ) -> Tensor:
-    return y.new_empty(plan[4].shape[0], y.shape[-1])
+    return y.new_empty(plan[PER_TOKEN].shape[0], y.shape[-1])
 
 
 @torch.library.register_fake("moe_ep::dispatch_replay", lib=_LIBRARY)
@@ -186,7 +187,7 @@ def _dispatch_replay_fake(x: Tensor, plan: list[Tensor], num_rows: int, dispatch
 def _combine_grads_fake(
     grads: Tensor, weight_grads: Tensor, plan: list[Tensor], dispatcher_id: int
 ) -> tuple[Tensor, Tensor]:
-    num_tokens, top_k = plan[4].shape[0], lookup(dispatcher_id).spec.top_k
+    num_tokens, top_k = plan[PER_TOKEN].shape[0], lookup(dispatcher_id).spec.top_k
     return grads.new_empty(num_tokens, grads.shape[-1]), weight_grads.new_empty(num_tokens, top_k)
 
 

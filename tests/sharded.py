@@ -46,6 +46,10 @@ class Leaves(NamedTuple):
     def grads(self) -> list[Tensor | None]:
         return [leaf.grad for leaf in self]
 
+    def on(self, device: str) -> Leaves:
+        """New leaves with the same values on a device."""
+        return Leaves(*(leaf.detach().to(device).requires_grad_() for leaf in self))
+
 
 def all_matrices(case: Case) -> Tensor:
     """[E, H, H]."""
@@ -76,12 +80,12 @@ def apply_experts(case: Case, routed: moe_ep.Dispatched, rows: Tensor, weights: 
     if case.layout == "compact":
         return _apply_compact(routed, rows, weights, matrices)
     if case.layout == "slab":
-        used = torch.arange(rows.shape[1]) < routed.tokens_per_expert.unsqueeze(1)
+        used = torch.arange(rows.shape[1], device=rows.device) < routed.tokens_per_expert.unsqueeze(1)
         hidden = torch.tanh(torch.bmm(torch.where(used.unsqueeze(-1), rows, 0.0), matrices))
         defined = used
     else:
         ends = routed.expert_ends.long()
-        index = torch.arange(rows.shape[0])
+        index = torch.arange(rows.shape[0], device=rows.device)
         expert = torch.searchsorted(ends, index, right=True).clamp(max=matrices.shape[0] - 1)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         used = index - starts[expert] < routed.tokens_per_expert[expert]

@@ -47,22 +47,33 @@ def compile_layer(case: Case, dispatcher: moe_ep.TokenDispatcher, backend: objec
     return torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
 
 
-def run_steps(rank: int, group: object, num_ranks: int, mode: str, backend: str) -> int:
+def run_steps(
+    rank: int,
+    group: object,
+    num_ranks: int,
+    mode: str,
+    compiler: str,
+    adapt: Callable[[moe_ep.TokenDispatcher], object] = lambda dispatcher: None,
+    device: str = "cpu",
+    **settings: object,
+) -> int:
     """Forward and backward with changing token counts; returns how often something was compiled."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(compiler)
     run = dispatcher = None
     for seed, tokens in enumerate(STEPS[num_ranks]):
         case = make_case(num_ranks, tokens=tokens, seed=seed, **COMPILED[mode])
-        dispatcher = dispatcher or case.dispatcher(group, timeout_s=90)
-        run = run or compile_layer(case, dispatcher, counter)
+        if run is None:
+            dispatcher = case.dispatcher(group, timeout_s=90, **settings)
+            adapt(dispatcher)
+            run = compile_layer(case, dispatcher, counter)
         outs, grads = unsharded(case)
-        leaves = make_leaves(case, rank)
+        leaves = make_leaves(case, rank).on(device)
         before = dispatcher.stats()["exchanges"]
-        out = run(*leaves, case.routing(rank)[0])
-        torch.testing.assert_close(out, outs[rank], **EXACT)
-        (out * probe(case, rank)).sum().backward()
-        check_grads(leaves.grads(), grads[rank])
+        out = run(*leaves, case.routing(rank)[0].to(device))
+        torch.testing.assert_close(out.cpu(), outs[rank], **EXACT)
+        (out * probe(case, rank).to(device)).sum().backward()
+        check_grads([leaf.cpu() for leaf in leaves.grads()], grads[rank])
         assert dispatcher.stats()["exchanges"] == before + 4
     return counter.frame_count
 
@@ -107,12 +118,12 @@ def test_autocast(inside: bool) -> None:
     assert torch.equal(compiled_grad, x.grad)
 
 
-def compile_side_by_side(ctx: RankContext) -> list[int]:
+def compile_side_by_side(ctx: RankContext, device: str = "cpu", backend: str = "torch") -> list[int]:
     """Three layers that do not depend on each other; ranks compile them into different graphs."""
     torch._dynamo.reset()
     case = make_case(ctx.world_size, tokens=(6, 1))
-    dispatchers = [case.dispatcher(ctx.group, timeout_s=90) for _ in range(3)]
-    topk_idx = case.routing(ctx.rank)[0]
+    dispatchers = [case.dispatcher(ctx.group, timeout_s=90, backend=backend) for _ in range(3)]
+    topk_idx = case.routing(ctx.rank)[0].to(device)
 
     def layers(*leaves: Leaves) -> Tensor:
         pairs = zip(dispatchers, leaves, strict=True)
@@ -120,12 +131,12 @@ def compile_side_by_side(ctx: RankContext) -> list[int]:
         # Used in another order than made.
         return outs[2] + outs[0] - outs[1]
 
-    leaves = [make_leaves(case, ctx.rank) for _ in dispatchers]
+    leaves = [make_leaves(case, ctx.rank).on(device) for _ in dispatchers]
     run = torch.compile(layers, backend="aot_eager", fullgraph=True, dynamic=bool(ctx.rank))
-    run(*leaves).backward(probe(case, ctx.rank))
+    run(*leaves).backward(probe(case, ctx.rank).to(device))
     grads = unsharded(case)[1][ctx.rank]
     for sign, own in zip((1, -1, 1), leaves, strict=True):
-        check_grads([sign * leaf.grad for leaf in own], grads)
+        check_grads([sign * leaf.cpu() for leaf in own.grads()], grads)
     return [dispatcher.stats()["exchanges"] for dispatcher in dispatchers]
 
 
@@ -137,10 +148,12 @@ def test_inductor() -> None:
     assert run_steps(0, None, 1, "expanded", "inductor") <= 3
 
 
-def test_selective_checkpoint_in_a_compiled_graph() -> None:
+def checkpoint_selectively(rank: int, group: object, num_ranks: int, device: str = "cpu", **settings: object) -> None:
+    """Exchanges on the save list are not repeated by the backward of a compiled graph."""
     torch._dynamo.reset()
-    case = make_case(1)
-    dispatcher, leaves, topk_idx = case.dispatcher(None), make_leaves(case, 0), case.routing(0)[0]
+    case = make_case(num_ranks)
+    dispatcher, leaves = case.dispatcher(group, **settings), make_leaves(case, rank).on(device)
+    topk_idx = case.routing(rank)[0].to(device)
     saved = [torch.ops.moe_ep.dispatch.default, torch.ops.moe_ep.combine.default]
 
     def contexts() -> tuple:
@@ -153,17 +166,27 @@ def test_selective_checkpoint_in_a_compiled_graph() -> None:
         return checkpoint(layer, x, topk_weights, matrices, use_reentrant=False, context_fn=contexts)
 
     out = torch.compile(block, backend="aot_eager", fullgraph=True)(*leaves)
-    out.backward(probe(case, 0))
+    out.backward(probe(case, rank).to(device))
     assert dispatcher.stats()["exchanges"] == 4
-    check_grads(leaves.grads(), unsharded(case)[1][0])
+    check_grads([leaf.cpu() for leaf in leaves.grads()], unsharded(case)[1][rank])
 
 
-def operator_inputs(mode: str, name: str) -> tuple:
-    """Arguments of one operator, from a real exchange."""
+def test_selective_checkpoint_in_a_compiled_graph() -> None:
+    checkpoint_selectively(0, None, 1)
+
+
+def operator_inputs(
+    mode: str,
+    name: str,
+    adapt: Callable[[moe_ep.TokenDispatcher], object] = lambda dispatcher: None,
+    device: str = "cpu",
+    **settings: object,
+) -> tuple:
+    """Arguments of one operator, from a real exchange of one rank."""
     case = make_case(1, **COMPILED[mode])
-    dispatcher = case.dispatcher(None)
-    x, topk_weights = case.x(0), case.routing(0)[1]
-    topk_idx = case.routing(0)[0]
+    dispatcher = case.dispatcher(None, **settings)
+    adapt(dispatcher)
+    x, topk_idx, topk_weights = (tensor.to(device) for tensor in (case.x(0), *case.routing(0)))
     KEPT.append(dispatcher)
     anchor, number = torch.zeros((), requires_grad=True), dispatcher._exchanger.id
     if name == "dispatch":

@@ -57,6 +57,11 @@ class HostGroups(NamedTuple):
     counts: list[int] | None
 
 
+def max_chunks(max_tokens: int) -> int:
+    """Groups that the rows of each source have room for in a plan, where no rank sends more than ``max_tokens``."""
+    return -(-max_tokens // load_extension().CHUNK_TOKENS)
+
+
 class Outputs:
     """What a dispatch writes on its destination, allocated once sizes are known."""
 
@@ -91,8 +96,8 @@ class Outputs:
         spec, counts = self._spec, self._counts
         x, scales, topk_weights = self._like
         num_ranks, local, compact = spec.num_ranks, spec.num_local_experts, spec.layout == "compact"
-        max_chunks = -(-max_tokens // load_extension().CHUNK_TOKENS)
-        groups = counts.table.new_empty(num_ranks, max_chunks, 2)
+        num_chunks = max_chunks(max_tokens)
+        groups = counts.table.new_empty(num_ranks, num_chunks, 2)
         positions = counts.table.new_empty(num_received, spec.top_k)
         rows = x.new_empty(num_rows, x.shape[1])
         out_scales = None if scales is None else scales.new_empty(num_rows, scales.shape[1])
@@ -105,7 +110,7 @@ class Outputs:
             source = counts.table.new_empty(num_rows if compact else num_received)
         padded = not compact and spec.layout != "slab"
         self._arguments.set_output(
-            max_chunks=max_chunks,
+            max_chunks=num_chunks,
             groups=groups.data_ptr(),
             positions=positions.data_ptr(),
             out=rows.data_ptr(),
@@ -124,7 +129,7 @@ class Outputs:
             top_k=spec.top_k,
             num_experts=spec.num_experts,
             num_rows=num_rows,
-            max_chunks=max_chunks,
+            max_chunks=num_chunks,
             layout=LAYOUT_CODES[spec.layout],
             zero_padding=padded,
             weight_bytes=WORD_BYTES if topk_weights is None else topk_weights.itemsize,
