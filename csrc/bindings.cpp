@@ -11,4 +11,5 @@ PYBIND11_MODULE(_C, module) {
     moe_ep::register_channel(module);
     moe_ep::register_layouts(module);
     moe_ep::register_plan(module);
+    moe_ep::register_push(module);
 }

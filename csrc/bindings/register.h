@@ -10,5 +10,6 @@ void register_build_info(pybind11::module_& module);
 void register_channel(pybind11::module_& module);
 void register_layouts(pybind11::module_& module);
 void register_plan(pybind11::module_& module);
+void register_push(pybind11::module_& module);
 
 }  // namespace moe_ep
