@@ -12,4 +12,5 @@ PYBIND11_MODULE(_C, module) {
     moe_ep::register_layouts(module);
     moe_ep::register_plan(module);
     moe_ep::register_runtime(module);
+    moe_ep::register_push(module);
 }

@@ -99,6 +99,9 @@ def low_latency_layout(
     *, base: int, max_tokens: int, dispatch_bytes: int, combine_bytes: int, top_k: int, num_ranks: int
 ) -> dict: ...
 
+# Missing in a build without CUDA.
+def push(*, sources: list[int], targets: list[int], num_bytes: list[int], num_sms: int, stream: int) -> None: ...
+
 CHUNK_TOKENS: int
 HEADER_WORDS: int
 MAX_NODE_RANKS: int

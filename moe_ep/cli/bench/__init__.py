@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moe_ep.cli.bench import cases
+from moe_ep.cli.bench import cases, gpu
 from moe_ep.cli.bench.cases import Case, Shape
 from moe_ep.cli.bench.launch import launch, pick_device, run_in_world, under_torchrun
 from moe_ep.cli.bench.registry import find_measurement, take_measurements
@@ -44,10 +44,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer-shapes", nargs="+", metavar="H:K:E", help=f"of moe_layer (default: {cases.LAYER_SHAPE})"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the rows")
-    parser.add_argument("--routing", choices=("uniform", "zipf"), default="uniform", help="how tokens choose experts")
-    parser.add_argument("--pairs", type=int, metavar="N", help="interleaved pairs per figure (default: 30)")
-    parser.add_argument("--backend", choices=("torch", "cuda"), default="torch", help="backend of our side")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the rows (default: float32)")
+    parser.add_argument(
+        "--routing",
+        choices=("uniform", "zipf"),
+        help="how tokens choose experts (default: uniform; with --backend cuda both)",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        metavar="N",
+        help=f"interleaved pairs per figure (default: 30; with --backend cuda calls per figure, {gpu.DEFAULT_REPEATS})",
+    )
+    parser.add_argument(
+        "--backend", choices=("torch", "cuda"), default="torch", help="backend of our side; cuda measures its kernels"
+    )
+    parser.add_argument(
+        "--part", choices=gpu.PARTS, action="append", help="with --backend cuda only this; may be repeated"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes GPUs if enough")
     parser.add_argument("--quick", action="store_true", help="smallest case and few pairs: a test that all of it runs")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="write the results file")
@@ -67,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         # Found now rather than after minutes of measuring.
         if choice and (Path(choice).is_dir() or not os.access(folder, os.W_OK)):
             raise ValueError(f"{option} {choice} cannot be written: name a file in a folder that exists and is yours")
-    rows = _measure(args)
+    rows = gpu.measure(args) if args.backend == "cuda" else _measure(args)
     if rows is None:
         return 0
     report = build_report(rows)
@@ -81,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _exit_code(rows: list[dict], *, assert_targets: bool) -> int:
+    # Rows of the cuda backend exist only where their checks passed, and have no targets.
+    rows = [row for row in rows if "correct" in row]
     wrong = [row for row in rows if not row["correct"]]
     if wrong:
         print(f"{len(wrong)} figures do not count: the two ways gave different results", file=sys.stderr)
@@ -94,13 +110,14 @@ def _exit_code(rows: list[dict], *, assert_targets: bool) -> int:
 
 def _measure(args: argparse.Namespace) -> list[dict] | None:
     """Rows of every measurement asked for; None on the ranks of a torchrun world that do not report."""
+    if args.part:
+        raise ValueError(f"part={args.part[0]} needs --backend cuda; the torch backend's measurements are --op")
     ops = args.op or OPS
     for op in ops:
         find_measurement(op, args.backend)
     if torch.cuda.is_available() and args.device != "cpu":
         print(
-            "GPUs found: these figures are the torch backend's, over NCCL. Figures of the CUDA kernels need the cuda "
-            "backend, whose measurements are not part of this build.",
+            "GPUs found: these figures are the torch backend's, over NCCL. Those of the CUDA kernels: --backend cuda.",
             file=sys.stderr,
         )
     pairs = args.pairs
@@ -151,4 +168,6 @@ def _cases(args: argparse.Namespace, op: str, ranks: int) -> list[Case]:
         if count < 1:
             raise ValueError(f"tokens={count} must be 1 or more")
     parsed = [Shape.parse(shape) for shape in shapes]
-    return list(cases.exchange_cases(ranks, tokens, parsed, dtype=args.dtype, routing=args.routing))
+    return list(
+        cases.exchange_cases(ranks, tokens, parsed, dtype=args.dtype or "float32", routing=args.routing or "uniform")
+    )

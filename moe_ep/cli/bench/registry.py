@@ -65,8 +65,8 @@ def find_measurement(op: str, backend: str) -> Measurement:
         if (measurement.op, measurement.backend) == (op, backend):
             return measurement
     raise NotBuiltError(
-        f"bench has no measurement of {op} for backend={backend!r} here: the CUDA part needs the cuda backend "
-        f"(moe_ep._C built with its kernels; see moe-ep doctor); backend='torch' runs on CPU and on GPUs over NCCL"
+        f"bench has no measurement of {op} for backend={backend!r} here: those of the cuda backend are chosen with "
+        f"--part; backend='torch' runs on CPU and on GPUs over NCCL"
     )
 
 

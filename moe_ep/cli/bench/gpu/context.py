@@ -1,0 +1,199 @@
+"""What all measurements of a run share: settings, the ranks, a stopwatch, the floor, and the rows found so far."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ep.backends.cuda_exchange import CudaBackend
+from moe_ep.buffer import Buffer
+from moe_ep.cli.bench.cases import Case, Shape
+from moe_ep.cli.bench.gpu.floor import Floor
+from moe_ep.cli.bench.gpu.inputs import ALIGNMENT, Inputs
+from moe_ep.cli.bench.gpu.timer import Call, Stopwatch, Timing
+from moe_ep.cli.bench.gpu.traffic import row_bytes_of
+from moe_ep.cli.bench.timing import Rank
+from moe_ep.config import Capacity
+from moe_ep.dispatcher import TokenDispatcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one run measures.
+
+    Attributes:
+        parts: of ``PARTS``.
+        shape: H, K and E.
+        tokens: T of the sweep.
+        routings: of the sweep.
+        curve_tokens: T of everything else.
+        sm_counts: of the SM curve.
+        laps: into how many rounds of the rings the arena forces an exchange.
+        gemm: M = N = K of the GEMM beside an exchange.
+        layer: H, K and E of the MoE layer.
+        intermediate: I of its experts and of its shared expert.
+        chunks: of the layer.
+        repeats: timed calls per figure.
+    """
+
+    parts: tuple[str, ...]
+    shape: Shape
+    tokens: tuple[int, ...]
+    routings: tuple[str, ...]
+    curve_tokens: int
+    sm_counts: tuple[int, ...]
+    laps: tuple[int, ...]
+    gemm: int
+    layer: Shape
+    intermediate: int
+    chunks: tuple[int, ...]
+    repeats: int
+
+
+class Context:
+    """One run on one number of ranks. Constructing one is collective."""
+
+    def __init__(self, rank: Rank, settings: Settings) -> None:
+        self.rank = rank
+        self.settings = settings
+        self.watch = Stopwatch(rank, settings.repeats)
+        self.buffer = Buffer(rank.group, backend="cuda")
+        assert isinstance(self.buffer.backend, CudaBackend)
+        self.floor = Floor(self.buffer.backend, self.watch)
+        self.rows: list[dict[str, Any]] = []
+
+    def inputs(self, tokens: int, routing: str, shape: Shape | None = None) -> Inputs:
+        """Tokens and routing of one case."""
+        shape = shape or self.settings.shape
+        return Inputs(
+            self.rank, Case(ranks=self.rank.size, tokens=tokens, shape=shape, dtype="bfloat16", routing=routing)
+        )
+
+    def dispatcher(
+        self,
+        inputs: Inputs,
+        layout: str,
+        *,
+        with_capacity: bool = False,
+        buffer: Buffer | None = None,
+        num_sms: int | None = None,
+        sm_budget: int | None = None,
+    ) -> TokenDispatcher:
+        """A dispatcher for a case; experts weight compact rows, combine weights expanded ones. Collective."""
+        compact, shape = layout == "compact", inputs.case.shape
+        rows = max(inputs.traffic.received if compact else inputs.traffic.expanded)
+        return TokenDispatcher(
+            self.rank.group,
+            num_experts=shape.experts,
+            hidden_size=shape.hidden,
+            top_k=shape.top_k,
+            layout=layout,
+            alignment=1 if compact else ALIGNMENT,
+            weights="experts" if compact else "combine",
+            capacity=Capacity(rows=max(rows, 1)) if with_capacity else None,
+            max_tokens_per_rank=inputs.case.tokens if with_capacity else None,
+            buffer=buffer or self.buffer,
+            num_sms=num_sms,
+            sm_budget=sm_budget,
+        )
+
+    def floor_of(self, inputs: Inputs, dtype: torch.dtype, *, reverse: bool = False) -> Timing | None:
+        """The floor of a dispatch, or reversed of a combine. Collective."""
+        row_bytes = row_bytes_of(dtype, inputs.case.shape.hidden)
+        return self.floor.time(inputs.traffic.pushed_bytes(row_bytes, reverse=reverse))
+
+    def num_sms(self, what: str, asked: int | None = None) -> int:
+        """SMs of an exchange: ``what`` is a layout, or ``combine``."""
+        return sum(self.buffer.backend._split(what, asked))
+
+    def add(self, inputs: Inputs, *, timing: Timing, floor: Timing | None = None, **facts: Any) -> None:
+        """Keep one row of results."""
+        self.rows.append(make_row(inputs.case, inputs.traffic, timing=timing, floor=floor, **facts))
+
+
+def make_row(
+    case: Case,
+    traffic: Any,
+    *,
+    op: str,
+    layout: str,
+    mode: str,
+    timing: Timing,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str = "cuda",
+    num_sms: int | None = None,
+    floor: Timing | None = None,
+    nccl_us: float | None = None,
+    with_rates: bool = True,
+    **measured: Any,
+) -> dict[str, Any]:
+    """One row of a results file.
+
+    Args:
+        case: what was measured.
+        traffic: of its routing.
+        op: its name.
+        layout: of the rows.
+        mode: ``"exact"``, ``"capacity"`` (captured in a graph) or ``"replay"``.
+        timing: of the whole call.
+        dtype: of the rows.
+        backend: ``"cuda"``, or how NCCL does it.
+        num_sms: SMs of the exchange's kernels.
+        floor: time of its bytes alone.
+        nccl_us: the fastest of NCCL's ways to the same result.
+        with_rates: whether the time is that of one exchange alone, so that bytes over it say something.
+        **measured: further keys, left out where None.
+    """
+    row_bytes = row_bytes_of(dtype, case.shape.hidden)
+    wire, logical, time_us = traffic.wire_bytes(row_bytes), traffic.logical_bytes(row_bytes), timing.max_us
+    row = {
+        "op": op,
+        "backend": backend,
+        "layout": layout,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": case.tokens,
+        "ranks": case.ranks,
+        "hidden": case.shape.hidden,
+        "top_k": case.shape.top_k,
+        "experts": case.shape.experts,
+        "routing": case.routing,
+        "num_sms": num_sms,
+        "time_us_max": time_us,
+        "time_us_mean": timing.mean_us,
+        "wire_bytes": wire or None,
+        "wire_gbps": wire / time_us / 1e3 if wire and with_rates else None,
+        "logical_gbps": logical / time_us / 1e3 if with_rates else None,
+        "floor_us": None if floor is None else floor.max_us,
+        "ratio_to_floor": None if floor is None else time_us / floor.max_us,
+        "nccl_us": nccl_us,
+        "mode": mode,
+    }
+    return row | {key: value for key, value in measured.items() if value is not None}
+
+
+def poisoned(call: Call) -> Any:
+    """What a call returns when it writes on memory that held NaN.
+
+    The allocator gives the second call the memory of the first one's results.
+    """
+    fill_nan(payload_of(call()))
+    torch.cuda.synchronize()
+    return call()
+
+
+def fill_nan(tensors: Sequence[Tensor]) -> None:
+    """All bits set are NaN in fp32, bf16 and e4m3."""
+    for tensor in tensors:
+        tensor.view(torch.uint8).fill_(0xFF)
+
+
+def payload_of(result: Any) -> list[Tensor]:
+    """Rows, scales and weights of what a dispatch or a combine returned."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, tuple):
+        return [part for part in result if isinstance(part, Tensor) and part.is_floating_point()]
+    parts = (result.x, result.scales, result.weights)
+    return [part for part in parts if part is not None]

@@ -1,0 +1,101 @@
+"""An exchange beside a large GEMM: which share of its time disappears."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_ep.cli.bench.gpu.context import Context, poisoned
+from moe_ep.cli.bench.gpu.exchange import BF16, LAYOUTS, expert_outputs, has_sums, is_right
+from moe_ep.cli.bench.gpu.inputs import Inputs
+from moe_ep.cli.bench.gpu.timer import Timing
+from moe_ep.dispatcher import TokenDispatcher
+
+
+def measure_overlap(context: Context) -> None:
+    """Dispatch and combine launched first, then a GEMM; with and without SMs that the GEMM leaves free. Collective."""
+    size, watch = context.settings.gemm, context.watch
+    inputs = context.inputs(context.settings.curve_tokens, "uniform")
+    a, b = (torch.randn(size, size, dtype=BF16, device=context.rank.device) for _ in range(2))
+    c = torch.empty_like(a)
+
+    def gemm() -> None:
+        torch.mm(a, b, out=c)
+
+    alone = watch.time(gemm)
+    for layout in LAYOUTS:
+        for with_capacity in (False, True):
+            for budget in (None, context.num_sms(layout)):
+                dispatcher = context.dispatcher(inputs, layout, with_capacity=with_capacity, sm_budget=budget)
+                mode = "capacity" if with_capacity else "exact"
+                common: dict[str, Any] = {"layout": layout, "mode": mode, "sm_budget": budget}
+                _measure(context, inputs, dispatch_async(dispatcher, inputs), gemm, alone, common)
+                if not with_capacity:
+                    _measure(context, inputs, combine_async(dispatcher, inputs, layout), gemm, alone, common)
+
+
+def hidden_share(together_us: float, other_us: float, exchange_us: float) -> float:
+    """Share of an exchange's time that does not show in the time of both."""
+    return 1.0 - (together_us - other_us) / exchange_us
+
+
+class Pending:
+    """An exchange to launch, what it must give, and its place in the results."""
+
+    def __init__(self, op: str, launch: Callable[[], Any], check: Callable[[Any], bool]) -> None:
+        self.op = op
+        self.launch = launch
+        self.check = check
+
+
+def dispatch_async(dispatcher: TokenDispatcher, inputs: Inputs) -> Pending:
+    """A dispatch of a case."""
+    return Pending(
+        "dispatch",
+        lambda: dispatcher.dispatch_async(inputs.x, inputs.topk_idx, inputs.topk_weights),
+        lambda routed: is_right(inputs, routed, dispatcher.layout),
+    )
+
+
+def combine_async(dispatcher: TokenDispatcher, inputs: Inputs, layout: str) -> Pending:
+    """A combine of what experts might have made."""
+    routed = dispatcher.dispatch(inputs.x, inputs.topk_idx, inputs.topk_weights)
+    y, weights = expert_outputs(inputs, routed, layout)
+    handle = routed.handle
+    return Pending(
+        "combine",
+        lambda: dispatcher.combine_async(y, handle, weights),
+        lambda out: has_sums(inputs, out, layout),
+    )
+
+
+def _measure(
+    context: Context,
+    inputs: Inputs,
+    pending: Pending,
+    gemm: Callable[[], None],
+    alone: Timing,
+    common: dict[str, Any],
+) -> None:
+    watch, what_moves = context.watch, "combine" if pending.op == "combine" else common["layout"]
+
+    def both() -> Any:
+        launched = pending.launch()
+        gemm()
+        return launched.wait()
+
+    what = f"{pending.op} of {common['layout']} rows beside a GEMM"
+    watch.require(pending.check(poisoned(both)), what)
+    exchange = watch.time(lambda: pending.launch().wait())
+    together = watch.time(both)
+    context.add(
+        inputs,
+        op=f"{pending.op}_beside_gemm",
+        timing=together,
+        num_sms=context.num_sms(what_moves),
+        exchange_us=exchange.max_us,
+        compute_us=alone.max_us,
+        hidden_share=hidden_share(together.max_us, alone.max_us, exchange.max_us),
+        with_rates=False,
+        **common,
+    )

@@ -1,0 +1,162 @@
+"""Rows of a run on GPUs as a table, and as plots: time by tokens, rate by SMs."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLUMNS = (
+    "op", "layout", "dtype", "mode", "by", "R", "T", "routing", "SMs", "us max", "us mean", "wire GB/s", "logical GB/s",
+    "floor us", "x floor", "NCCL us", "host us", "also",
+)  # fmt: skip
+# Keys that only some rows have, as they are told in the last column.
+_FACTS = {
+    "laps": "rounds: {}",
+    "num_chunks": "chunks: {}",
+    "sm_budget": "{} SMs kept free",
+    "exchange_us": "exchange {:,.0f} us",
+    "compute_us": "compute {:,.0f} us",
+    "hidden_share": "{:.0%} hidden",
+}
+
+Row = dict[str, Any]
+
+
+def is_gpu_row(row: Row) -> bool:
+    """Whether a row is of a run with backend cuda, whose table differs from that of the others."""
+    return "mode" in row
+
+
+def table_row(row: Row) -> list[str]:
+    """One row of results as cells of ``COLUMNS``."""
+    facts = [text.format(row[key]) for key, text in _FACTS.items() if key in row]
+    if "arena_bytes" in row and row["op"] == "dispatch":
+        facts.append(f"arena {row['arena_bytes'] / 2**20:,.0f} MiB")
+    return [
+        *(row[key] for key in ("op", "layout")),
+        {"bfloat16": "bf16", "float8_e4m3fn": "fp8"}.get(row["dtype"], row["dtype"]),
+        row["mode"],
+        row["backend"],
+        str(row["ranks"]),
+        str(row["tokens"]),
+        row["routing"],
+        _number(row["num_sms"], "{}"),
+        f"{row['time_us_max']:,.1f}",
+        f"{row['time_us_mean']:,.1f}",
+        _number(row["wire_gbps"], "{:,.1f}"),
+        _number(row["logical_gbps"], "{:,.1f}"),
+        _number(row["floor_us"], "{:,.1f}"),
+        _number(row["ratio_to_floor"], "{:.2f}"),
+        _number(row["nccl_us"], "{:,.1f}"),
+        _number(row.get("host_us"), "{:,.1f}"),
+        ", ".join(facts),
+    ]
+
+
+def write_plot(rows: Sequence[Row], path: Path) -> None:
+    """Time by tokens for dispatch and combine, and rate by SMs, of uniform routing on the most ranks measured.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    most = max((row["ranks"] for row in rows), default=0)
+    rows = [row for row in rows if row["ranks"] == most]
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(15, 5), layout="constrained")
+        panels = figure.subplots(1, 3)
+        for axes, op in zip(panels, ("dispatch", "combine"), strict=False):
+            _plot_times(axes, sweep_rows(rows, op), op)
+        _plot_rates(panels[2], curve_rows(rows))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=140)
+
+
+def sweep_rows(rows: Sequence[Row], op: str) -> list[Row]:
+    """Rows of one operation at the SMs that it takes by itself, one for each T, way and mode."""
+    found = [row for row in rows if row["op"] == op and row["routing"] == "uniform" and "laps" not in row]
+    usual = _usual_sms(found)
+    return [row for row in found if row["num_sms"] in (None, usual.get((row["layout"], row["mode"])))]
+
+
+def curve_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the SM curve: exact ones of the T that was measured on the most numbers of SMs."""
+    found = [
+        row
+        for row in rows
+        if row["mode"] == "exact"
+        and row["op"] in ("dispatch", "combine")
+        and row["dtype"] == "bfloat16"
+        and row["routing"] == "uniform"
+        and row["num_sms"]
+        and "laps" not in row
+    ]
+    counts = {tokens: len({row["num_sms"] for row in found if row["tokens"] == tokens}) for tokens in _tokens(found)}
+    most = max(counts, key=counts.__getitem__, default=None)
+    return [row for row in found if row["tokens"] == most]
+
+
+def _plot_times(axes: Any, rows: Sequence[Row], op: str) -> None:
+    ours = [row for row in rows if row["backend"] == "cuda"]
+    lines: dict[str, dict[int, float]] = {}
+    for row in ours:
+        name = f"{row['layout']} {'fp8 ' if row['dtype'] != 'bfloat16' else ''}{row['mode']}"
+        lines.setdefault(name, {})[row["tokens"]] = row["time_us_max"]
+    for name, points in lines.items():
+        _line(axes, points, label=name, marker="o", ms=3)
+    floors = {row["tokens"]: row["floor_us"] for row in ours if row["dtype"] == "bfloat16" and row["floor_us"]}
+    _line(axes, floors, label="floor bf16", color="k", ls=":")
+    for layout, style in (("compact", "--"), ("expanded", "-.")):
+        points = {row["tokens"]: row["nccl_us"] for row in ours if _is_plain(row, layout) and row["nccl_us"]}
+        _line(axes, points, label=f"NCCL, {layout}", color="0.5", ls=style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens per rank")
+    axes.set_ylabel("us, slowest rank, median")
+    axes.set_title(op)
+    if rows:
+        axes.legend(fontsize=7)
+
+
+def _plot_rates(axes: Any, rows: Sequence[Row]) -> None:
+    for op, layout in sorted({(row["op"], row["layout"]) for row in rows}):
+        points = {
+            row["num_sms"]: row["wire_gbps"] or row["logical_gbps"]
+            for row in rows
+            if (row["op"], row["layout"]) == (op, layout)
+        }
+        _line(axes, points, label=f"{op} {layout}", marker="o", ms=3)
+    axes.set_xlabel("SMs")
+    axes.set_ylabel("GB/s over the wire")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"T = {rows[0]['tokens']}" if rows else "SMs: not measured")
+    if rows:
+        axes.legend(fontsize=7)
+
+
+def _line(axes: Any, points: dict[int, float], **style: Any) -> None:
+    if points:
+        axes.plot(*zip(*sorted(points.items()), strict=True), **style)
+
+
+def _is_plain(row: Row, layout: str) -> bool:
+    return row["layout"] == layout and row["mode"] == "exact" and row["dtype"] == "bfloat16"
+
+
+def _usual_sms(rows: Sequence[Row]) -> dict[tuple[str, str], int]:
+    """The most frequent number of SMs by layout and mode: a sweep measures it at every T, a curve each one once."""
+    counts: dict[tuple[str, str], Counter[int]] = {}
+    for row in rows:
+        if row["num_sms"]:
+            counts.setdefault((row["layout"], row["mode"]), Counter())[row["num_sms"]] += 1
+    return {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
+
+
+def _tokens(rows: Sequence[Row]) -> set[int]:
+    return {row["tokens"] for row in rows}
+
+
+def _number(value: float | None, text: str) -> str:
+    return "" if value is None else text.format(value)

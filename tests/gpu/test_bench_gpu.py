@@ -1,0 +1,42 @@
+"""The bench of the CUDA kernels on one GPU: every exchange is checked by the bench itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_ep.cli.main import main
+
+_C = pytest.importorskip("moe_ep._C", reason="the extension moe_ep._C is not built: run `make test` or pip install")
+if not hasattr(_C, "Arena"):
+    pytest.skip("moe_ep._C is built without CUDA", allow_module_level=True)
+pytestmark = pytest.mark.gpu
+
+SMALL = ["--backend", "cuda", "--quick", "--shapes", "512:4:16", "--tokens", "64", "--pairs", "2"]
+
+
+def run_bench(path: Path, ranks: int, parts: list[str]) -> list[dict]:
+    words = [word for part in parts for word in ("--part", part)]
+    assert main(["bench", *SMALL, "--ranks", str(ranks), *words, "--json", str(path)]) == 0
+    return json.loads(path.read_text())["rows"]
+
+
+def test_a_single_rank_is_measured(tmp_path: Path) -> None:
+    rows = run_bench(tmp_path / "results.json", 1, ["sweep", "sms"])
+    assert {row["mode"] for row in rows} == {"exact", "capacity", "replay"}
+    assert {row["op"] for row in rows} == {"dispatch", "combine"}
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert all(row["floor_us"] > 0 for row in rows)
+
+
+@pytest.mark.multi_gpu(2)
+def test_all_parts_on_two_ranks(tmp_path: Path) -> None:
+    rows = run_bench(tmp_path / "results.json", 2, ["sweep", "sms", "laps", "overlap", "layer"])
+    ours = [row for row in rows if row["backend"] == "cuda"]
+    assert {row["op"] for row in ours} >= {"dispatch", "combine", "dispatch_beside_gemm", "moe_layer"}
+    assert {row["laps"] for row in ours if "laps" in row} == {1, 2}
+    assert all(row["nccl_us"] > 0 for row in ours if "host_us" in row)
+    assert any(row["backend"] == "nccl_reduce_scatter" for row in rows)
