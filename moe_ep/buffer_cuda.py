@@ -96,7 +96,7 @@ class CudaCalls:
                 if plan is not None:
                     plan.run(self.link.stream.cuda_stream)
             flight = self.link.end(current, (by_rank, by_node))
-            return Launch(self.link, lambda: ((by_rank, by_node), (flight,)))
+            return Launch(self.link, lambda: ((by_rank, by_node), (flight,)), _layout_tensors)
 
         (by_rank, by_node), event = self._run(launch, order, _layout_tensors)
         per_node = None if by_node is None else by_node.tokens_per_rank

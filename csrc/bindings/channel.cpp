@@ -259,9 +259,10 @@ Args:
             "combine",
             [](Channel& channel, int64_t row_bytes, int64_t meta_words, int top_k, int num_experts, int64_t max_chunks,
                uintptr_t table, uintptr_t groups, uintptr_t positions, uintptr_t token_ranks, int64_t num_tokens,
-               int num_senders, int num_reducers, bool bulk, int layout, int element, bool wide_wire, int64_t hidden, uintptr_t y,
-               uintptr_t row_weights, int weight_words, uintptr_t values, int value_words, bool only_own_values,
-               uintptr_t out, uintptr_t bias_0, uintptr_t bias_1, uintptr_t out_values, uintptr_t stream) {
+               int num_senders, int num_reducers, bool bulk, int layout, int element, bool wide_wire, int64_t hidden,
+               uintptr_t y, uintptr_t row_weights, int weight_words, uintptr_t values, int value_words,
+               bool only_own_values, uintptr_t out, uintptr_t bias_0, uintptr_t bias_1, uintptr_t out_values,
+               uintptr_t stream) {
                 CombineParams params{};
                 params.rows = make_rows(row_bytes, meta_words, top_k, num_experts, max_chunks, table, groups, positions,
                                         token_ranks, 0, num_tokens);

@@ -5,8 +5,8 @@
 #include "device/ptx.cuh"
 #include "layout/exchange.h"
 
-// Mistakes that tests plant to see that they are caught. Only builds with MOE_EP_PLANTED_FAULTS know them; elsewhere they
-// cost nothing.
+// Mistakes that tests plant to see that they are caught. Only builds with MOE_EP_PLANTED_FAULTS know them; elsewhere
+// they cost nothing.
 namespace moe_ep::device {
 
 __device__ __forceinline__ bool has_fault([[maybe_unused]] const Link& link, [[maybe_unused]] Fault fault) {

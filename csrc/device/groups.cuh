@@ -16,8 +16,8 @@ struct Worker {
 };
 
 // Hands out pieces of the current exchange's work on this GPU, each to one warp, in order; opening an exchange starts
-// anew. What is done with a piece depends on its number alone, so that it does not matter to the bits who takes it. A warp
-// asks for its next piece before it works on one: pieces that it holds wait for none that come later.
+// anew. What is done with a piece depends on its number alone, so that it does not matter to the bits who takes it. A
+// warp asks for its next piece before it works on one: pieces that it holds wait for none that come later.
 class Tickets {
 public:
     __device__ explicit Tickets(const Link& link) : counter_(&link.state->ticket) { ask(); }

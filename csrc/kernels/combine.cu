@@ -92,7 +92,8 @@ __device__ bool send_sums(const CombineParams& params, Batch<T>& batch, Summer& 
             device::flag_group(link, epoch, peer, slot, lap);
             device::delay_fault();
         }
-        for (uint32_t left = device::has_fault(link, Fault::kSkippedRow) ? mask & (mask - 1) : mask; left != 0; left &= left - 1) {
+        for (uint32_t left = device::has_fault(link, Fault::kSkippedRow) ? mask & (mask - 1) : mask; left != 0;
+             left &= left - 1) {
             const int idx = __ffs(left) - 1;
             const int64_t received = told[0] + __popc(mask & ((1u << idx) - 1));
             filler.begin_token(group.rows.row(idx));
@@ -142,8 +143,8 @@ __device__ void reduce_tokens(const CombineParams& params, Batch<T>& batch, Summ
         const int32_t* told = params.rows.groups + (link.rank * params.rows.max_chunks + chunk) * 2;
         const auto own_mask = static_cast<uint32_t>(told[1]);
         const int first = static_cast<int>(item % parts) * part_tokens;
-        const auto last =
-            static_cast<int>(min(static_cast<int64_t>(first + part_tokens), params.rows.num_tokens - chunk * kChunkTokens));
+        const auto last = static_cast<int>(
+            min(static_cast<int64_t>(first + part_tokens), params.rows.num_tokens - chunk * kChunkTokens));
         for (int idx = first; idx < last; ++idx) {
             const int64_t token = chunk * kChunkTokens + idx;
             const int64_t offset = token * params.hidden * static_cast<int64_t>(sizeof(T));

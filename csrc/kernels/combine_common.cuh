@@ -37,9 +37,8 @@ template <class T>
 __device__ device::SumOf<T> load_factor(const CombineParams& params, int64_t row) {
     if (params.row_weights == nullptr) return 1;
     const int32_t* words = params.row_weights + row * params.weight_words;
-    return params.weight_words == 1
-               ? static_cast<device::SumOf<T>>(__int_as_float(words[0]))
-               : static_cast<device::SumOf<T>>(__hiloint2double(words[1], words[0]));
+    return params.weight_words == 1 ? static_cast<device::SumOf<T>>(__int_as_float(words[0]))
+                                    : static_cast<device::SumOf<T>>(__hiloint2double(words[1], words[0]));
 }
 
 // Fills a warp's batch. All members are called by the whole warp.
@@ -76,8 +75,8 @@ public:
             const int32_t row = k < params_.rows.top_k ? params_.rows.positions[received * params_.rows.top_k + k] : -1;
             const uint32_t present = __ballot_sync(kAllLanes, row >= 0);
             if (row >= 0) {
-                batch_.terms[num_terms_ + __popc(present & ptx::lanes_below())] = {
-                    params_.y + row * row_bytes, load_factor<T>(params_, row), false};
+                batch_.terms[num_terms_ + __popc(present & ptx::lanes_below())] = {params_.y + row * row_bytes,
+                                                                                   load_factor<T>(params_, row), false};
             }
             num_terms_ += __popc(present);
         }

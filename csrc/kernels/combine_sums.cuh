@@ -49,8 +49,7 @@ public:
     static constexpr bool kBulk = false;
     MOE_EP_HOST_DEVICE static constexpr int64_t shared_bytes() { return 0; }
 
-    __device__ VectorSums(std::byte*, const CombineParams& params)
-        : num_vectors_(params.hidden / Part::kCount) {}
+    __device__ VectorSums(std::byte*, const CombineParams& params) : num_vectors_(params.hidden / Part::kCount) {}
 
     template <class Stored = Nothing>
     __device__ void run(const Batch<T>& batch, int num_tokens, bool wide_targets, Stored&& = {}) {

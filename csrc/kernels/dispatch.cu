@@ -9,8 +9,8 @@
 #include "layout/plan.h"
 
 // Senders walk this rank's chunks of tokens and store each row into the ring of every rank it goes to; placers walk the
-// groups of all sources, as they arrive, and copy each row to its layout rows. This rank's own rows skip the ring. Senders
-// that have nothing left to send place as well.
+// groups of all sources, as they arrive, and copy each row to its layout rows. This rank's own rows skip the ring.
+// Senders that have nothing left to send place as well.
 namespace moe_ep {
 namespace {
 

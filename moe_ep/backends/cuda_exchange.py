@@ -17,7 +17,7 @@ from moe_ep.backends.cuda import load_extension
 from moe_ep.backends.cuda_counting import choices_of_mask, count_choices, count_rows
 from moe_ep.backends.cuda_jobs import Launch
 from moe_ep.backends.cuda_link import CudaLink, aligned, pointer
-from moe_ep.backends.cuda_outputs import WORD_BYTES, Counts, Outputs
+from moe_ep.backends.cuda_outputs import WORD_BYTES, Counts, Outputs, outputs_of
 from moe_ep.backends.cuda_placing import FIRST_LAP, Placing
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import FP8_GROUP, ExchangeSpec
@@ -287,7 +287,7 @@ class CudaBackend:
                 arguments, num_senders=senders, num_placers=placers, bulk=bulk, stream=self.link.stream.cuda_stream
             )
             flight = self.link.end(current, (*keep, result))
-            return Launch(self.link, lambda: (result, (flight,)))
+            return Launch(self.link, lambda: (result, (flight,)), outputs_of)
         opened = torch.cuda.Event()
         opened.record(self.link.stream)
         # What is sent before the sizes are known must not wait for peers, which may wait for this host.
@@ -308,7 +308,7 @@ class CudaBackend:
         split, launched = (senders, placers), (flight, keep)
         placing = Placing(self.link, note_sizes, counts, out, arguments, split, bulk, opened, launched)
         self.link.defer(placing.place)
-        return Launch(self.link, placing.outputs)
+        return Launch(self.link, placing.outputs, outputs_of)
 
     def replay(
         self,
@@ -358,7 +358,7 @@ class CudaBackend:
             arguments, num_senders=senders, num_placers=placers, bulk=self.bulk, stream=self.link.stream.cuda_stream
         )
         flight = self.link.end(current, (x, scales, rows, out_scales, plan))
-        return Launch(self.link, lambda: ((rows, out_scales), (flight,)))
+        return Launch(self.link, lambda: ((rows, out_scales), (flight,)), tuple)
 
     # Combine
 
@@ -431,4 +431,4 @@ class CudaBackend:
             stream=self.link.stream.cuda_stream,
         )
         flight = self.link.end(current, (y, row_weights, plan, bias, values, out, out_values))
-        return Launch(self.link, lambda: ((out, out_values), (flight,)))
+        return Launch(self.link, lambda: ((out, out_values), (flight,)), tuple)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from moe_ep.events import Waitable
 
@@ -40,7 +41,7 @@ class Flight:
 class Lander(Protocol):
     """What is needed of a ``CudaLink``."""
 
-    def land(self, flight: Flight) -> None: ...
+    def land(self, flight: Flight, *outputs: Tensor | None) -> None: ...
 
 
 class CudaJob(Generic[Result]):
@@ -68,10 +69,17 @@ class Launch(Generic[Result]):
     Args:
         lander: the link of the exchange.
         place: gives outputs and flights; in exact mode the host waits for the sizes.
+        tensors_of: the tensors of the outputs.
     """
 
-    def __init__(self, lander: Lander, place: Callable[[], tuple[Result, tuple[Flight, ...]]]) -> None:
+    def __init__(
+        self,
+        lander: Lander,
+        place: Callable[[], tuple[Result, tuple[Flight, ...]]],
+        tensors_of: Callable[[Result], Iterable[Tensor | None]],
+    ) -> None:
         self._lander = lander
+        self._tensors_of = tensors_of
         self._place: Callable[[], tuple[Result, tuple[Flight, ...]]] | None = place
         self._placed: tuple[Result, tuple[Flight, ...]] | None = None
 
@@ -87,7 +95,8 @@ class Launch(Generic[Result]):
         """The end of the exchange."""
         self.outputs()
         assert self._placed is not None
-        return Landing(self._lander, self._placed[1])
+        result, flights = self._placed
+        return Landing(self._lander, flights, tuple(self._tensors_of(result)))
 
     def result(self) -> Result:
         """The outputs, after making the current stream wait for them."""
@@ -99,11 +108,12 @@ class Launch(Generic[Result]):
 class Landing:
     """Flights as one event, which any number of streams may wait for, any number of times."""
 
-    def __init__(self, lander: Lander, flights: tuple[Flight, ...]) -> None:
+    def __init__(self, lander: Lander, flights: tuple[Flight, ...], outputs: tuple[Tensor | None, ...]) -> None:
         self._lander = lander
         self._flights = flights
+        self._outputs = outputs
 
     def current_stream_wait(self) -> None:
         """Make the current stream wait for all flights."""
         for flight in self._flights:
-            self._lander.land(flight)
+            self._lander.land(flight, *self._outputs)

@@ -254,13 +254,29 @@ class CudaLink:
         self._flights.append(flight)
         return flight
 
-    def land(self, flight: Flight) -> None:
-        """Make the current stream wait for a flight; its tensors may go where they were allocated on this stream."""
+    def land(self, flight: Flight, *outputs: Tensor | None) -> None:
+        """Make the current stream wait for a flight; its tensors may go where they were allocated on this stream.
+
+        Args:
+            flight: what :meth:`end` returned.
+            outputs: what the caller goes on with.
+        """
         current = torch.cuda.current_stream(self.device)
         current.wait_event(flight.event)
-        if current == flight.stream and flight in self._flights:
+        if current != flight.stream:
+            self.lend(outputs, current)
+        elif flight in self._flights:
             self._flights.remove(flight)
             flight.keep = ()
+
+    def lend(self, outputs: tuple[Tensor | None, ...], stream: torch.cuda.Stream) -> None:
+        """Outputs go to another stream than they were allocated on: their memory is not free before it is done, too.
+
+        Callers cannot say so themselves: the next exchange, or autograd, may have chosen the stream of the allocation.
+        """
+        for output in outputs:
+            if output is not None:
+                output.record_stream(stream)
 
     def header(self, call: Call, error: Exception | None = None) -> list[int]:
         """Words that all ranks compare on the GPU before an exchange."""

@@ -62,6 +62,14 @@ def max_chunks(max_tokens: int) -> int:
     return -(-max_tokens // load_extension().CHUNK_TOKENS)
 
 
+def outputs_of(result: Dispatch) -> tuple[Tensor | None, ...]:
+    """All tensors that a dispatch wrote, its plan's too; views of the table count as the table."""
+    plan = result.plan
+    assert isinstance(plan, CudaPlan)
+    rows = (result.rows, result.scales, result.row_weights, result.topk_idx, result.recv_src_idx)
+    return (*rows, plan.table, plan.groups, plan.positions, plan.token_ranks, plan.idx_in_rank)
+
+
 class Outputs:
     """What a dispatch writes on its destination, allocated once sizes are known."""
 

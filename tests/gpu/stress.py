@@ -1,7 +1,7 @@
 """Thousands of exchanges among ranks that start them at random times, each checked; also a program of its own.
 
-``python -m tests.gpu.stress --exchanges 20000 --ranks 2`` ends with a line of JSON, or raises at the first mismatch. Every
-rank takes a GPU of its own as long as there are enough; otherwise ranks share them, and take turns.
+``python -m tests.gpu.stress --exchanges 20000 --ranks 2`` ends with a line of JSON, or raises at the first mismatch.
+Every rank takes a GPU of its own as long as there are enough; otherwise ranks share them, and take turns.
 """
 
 from __future__ import annotations
