@@ -83,7 +83,10 @@ class Context:
     ) -> TokenDispatcher:
         """A dispatcher for a case; experts weight compact rows, combine weights expanded ones. Collective."""
         compact, shape = layout == "compact", inputs.case.shape
-        rows = max(inputs.traffic.received if compact else inputs.traffic.expanded)
+        rows = max(*(inputs.traffic.received if compact else inputs.traffic.expanded), 1)
+        if not compact:
+            # Room for the padding of every local expert's rows.
+            rows += shape.experts // self.rank.size * (ALIGNMENT - 1)
         return TokenDispatcher(
             self.rank.group,
             num_experts=shape.experts,
@@ -92,7 +95,7 @@ class Context:
             layout=layout,
             alignment=1 if compact else ALIGNMENT,
             weights="experts" if compact else "combine",
-            capacity=Capacity(rows=max(rows, 1)) if with_capacity else None,
+            capacity=Capacity(rows=rows) if with_capacity else None,
             max_tokens_per_rank=inputs.case.tokens if with_capacity else None,
             buffer=buffer or self.buffer,
             num_sms=num_sms,
