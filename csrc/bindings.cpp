@@ -9,6 +9,7 @@ PYBIND11_MODULE(_C, module) {
     moe_ep::register_arena(module);
     moe_ep::register_build_info(module);
     moe_ep::register_channel(module);
+    moe_ep::register_event(module);
     moe_ep::register_layouts(module);
     moe_ep::register_plan(module);
     moe_ep::register_runtime(module);

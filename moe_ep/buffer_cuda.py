@@ -19,6 +19,7 @@ from moe_ep.backends.cuda_jobs import Launch
 from moe_ep.backends.cuda_plan import table_part
 from moe_ep.backends.types import Dispatch
 from moe_ep.buffer_checks import Request, Rows, align_counts, overflow_error
+from moe_ep.config import FP8_DTYPE, ROW_DTYPES
 from moe_ep.events import EventOverlap
 from moe_ep.handle import BufferHandle, CudaPlan, Overflow
 
@@ -26,6 +27,7 @@ Result = TypeVar("Result")
 
 # Tokens per rank that plans of a fixed number of rows have room for at least; 64 KiB for each rank of the group.
 _LEAST_TOKENS = 1 << 16
+_LEAST_ROW_BYTES = 16
 
 
 class Order(NamedTuple):
@@ -90,11 +92,10 @@ class CudaCalls:
             current = self.link.begin()
             by_rank = TokenPlan(topk_idx, num_experts, num_ranks)
             by_node = TokenPlan(topk_idx, num_experts, self.nodes) if self.nodes > 1 else None
-            # Memory of the outputs may be in use by what the current stream did before.
-            self.link.stream.wait_stream(current)
+            self.link.follow(current)
             for plan in (by_rank, by_node):
                 if plan is not None:
-                    plan.run(self.link.stream.cuda_stream)
+                    plan.run(self.link.queue)
             flight = self.link.end(current, (by_rank, by_node))
             return Launch(self.link, lambda: ((by_rank, by_node), (flight,)), _layout_tensors)
 
@@ -255,7 +256,9 @@ def _record(request: Request) -> tuple[int, int]:
 def _row_bytes(x: Any) -> int:
     """Bytes of a row, of arguments that may be anything; as good as none where that cannot be told."""
     rows = x[0] if isinstance(x, tuple) and x else x
-    return rows.shape[1] * rows.itemsize if isinstance(rows, Tensor) and rows.dim() == 2 else 16
+    # What no rank can send says nothing of the rows that its peers are sending.
+    told = isinstance(rows, Tensor) and rows.dim() == 2 and rows.dtype in (*ROW_DTYPES, FP8_DTYPE)
+    return rows.shape[1] * rows.itemsize if told else _LEAST_ROW_BYTES
 
 
 def _layout_tensors(plans: tuple[TokenPlan, TokenPlan | None]) -> Iterable[Tensor]:

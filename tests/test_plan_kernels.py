@@ -113,7 +113,10 @@ def test_wrong_arguments(change: dict[str, int], text: str):
 def test_workspace_is_measured_from_the_shape():
     def workspace_bytes(num_tokens: int) -> int:
         topk_idx = torch.zeros(num_tokens, 2, dtype=torch.int64)
-        return _C.PlanParams(**PlanArrays.poisoned(topk_idx, 60, 4).arguments(topk_idx)).workspace_bytes
+        params = _C.PlanParams(**PlanArrays.poisoned(topk_idx, 60, 4).arguments(topk_idx))
+        told = _C.plan_workspace_bytes(num_tokens=num_tokens, top_k=2, num_experts=60, num_ranks=4)
+        assert told == params.workspace_bytes
+        return params.workspace_bytes
 
     columns_bytes = (60 + 4) * 4
     assert workspace_bytes(0) == 0

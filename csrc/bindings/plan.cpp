@@ -80,6 +80,16 @@ Raises:
         .def_property_readonly(
             "workspace_bytes", [](const PlanParams& params) { return PlanWorkspace(nullptr, params).num_bytes; },
             "Bytes of device memory that plan_cuda needs beside the outputs.");
+    module.def(
+        "plan_workspace_bytes",
+        [](int64_t num_tokens, int top_k, int num_experts, int num_ranks) {
+            const PlanParams params{
+                .num_tokens = num_tokens, .top_k = top_k, .num_experts = num_experts, .num_ranks = num_ranks};
+            check_plan_dims(params);
+            return PlanWorkspace(nullptr, params).num_bytes;
+        },
+        py::kw_only(), py::arg("num_tokens"), py::arg("top_k"), py::arg("num_experts"), py::arg("num_ranks"),
+        "The same before there are outputs. Raises ValueError for a size outside the limits.");
     module.def("plan_host", &plan_on_host, py::arg("params"), py::call_guard<py::gil_scoped_release>(),
                "Computes the plan on the host; all addresses are host memory. The same values as plan_cuda, in every "
                "position.");

@@ -7,6 +7,8 @@ torch backend; sums differ by rounding alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -130,12 +132,7 @@ class CudaBackend:
     # Dispatch
 
     def count(
-        self,
-        topk_idx: Tensor,
-        spec: ExchangeSpec,
-        header: list[int],
-        max_tokens: int,
-        totals: Tensor | None,
+        self, topk_idx: Tensor, spec: ExchangeSpec, header: list[int], max_tokens: int, totals: Tensor | None
     ) -> Counts:
         """Plan a set of tokens and open an exchange with their counts, on the communication stream.
 
@@ -146,7 +143,10 @@ class CudaBackend:
             max_tokens: largest T of any rank, which a capacity needs; 0 without one.
             totals: int64 [e], running count of received choices.
         """
-        return count_choices(self.link, topk_idx, spec, header, max_tokens, self._capacity(spec, max_tokens), totals)
+        counting = count_choices(self.link, topk_idx, spec)
+        self.link.follow(self.link.here())
+        counting.open(header, max_tokens, self._capacity(spec, max_tokens), totals)
+        return counting.counts
 
     def _capacity(self, spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:
         """Rows of this rank's output and rows of every group; 0 where not limited or fixed."""
@@ -200,13 +200,15 @@ class CudaBackend:
         # Copies are made on the current stream, which the exchange waits for.
         x, topk_idx = aligned(x), topk_idx.contiguous()
         current = self.link.begin()
+        opening: Callable[[], None]
         if planned is None:
-            counts = self.count(topk_idx, spec, header, max_tokens, totals)
+            counting = count_choices(self.link, topk_idx, spec)
+            counts, limits = counting.counts, self._capacity(spec, max_tokens)
+            opening = functools.partial(counting.open, header, max_tokens, limits, totals)
         else:
-            counts = planned
-            self.link.channel.open(header, self.link.stream.cuda_stream)
+            counts, opening = planned, functools.partial(self.link.channel.open, header, self.link.queue)
         inputs = (x, scales, topk_weights)
-        return self._launch(inputs, spec, counts, owner, current, max_tokens, num_sms, with_source)
+        return self._launch(inputs, spec, counts, opening, owner, current, max_tokens, num_sms, with_source)
 
     def dispatch_rows(
         self,
@@ -230,21 +232,23 @@ class CudaBackend:
         told = choices_per_expert.to(device=x.device, dtype=torch.int32, non_blocking=True)
         spec = dataclasses.replace(spec, top_k=0)
         current = self.link.begin()
-        counts = count_rows(self.link, choices, told, spec, header)
-        return self._launch((x, scales, None), spec, counts, owner, current, 0, num_sms, True)
+        counting = count_rows(self.link, choices, told, spec)
+        opening = functools.partial(counting.open, header)
+        return self._launch((x, scales, None), spec, counting.counts, opening, owner, current, 0, num_sms, True)
 
     def _launch(
         self,
         inputs: tuple[Tensor, Tensor | None, Tensor | None],
         spec: ExchangeSpec,
         counts: Counts,
+        opening: Callable[[], None],
         owner: int,
-        current: torch.cuda.Stream,
+        current: int,
         max_tokens: int,
         num_sms: int | None,
         with_source: bool,
     ) -> Launch[Dispatch]:
-        """Move the rows of an opened dispatch."""
+        """Open a dispatch, and move its rows."""
         (x, scales, topk_weights), cast = inputs, 0
         row_bytes, scale_words = x.shape[1] * x.itemsize, 0 if scales is None else scales.shape[1]
         if spec.wire_dtype is not None and scales is None:
@@ -269,7 +273,7 @@ class CudaBackend:
             index_bytes=counts.topk_idx.itemsize,
             weight_words=weight_words,
             scale_words=scale_words,
-            idx_in_expert=counts.idx_in_expert.data_ptr(),
+            idx_in_expert=counts.idx_in_expert,
             topk_weights=pointer(topk_weights),
             scales=pointer(scales),
             scale_stride=0 if scales is None else scales.stride(0),
@@ -280,16 +284,18 @@ class CudaBackend:
         bulk, keep = self.bulk and cast == 0, (inputs, counts, out)
         if max_tokens or counts.sizes is not None:
             sizes = counts.sizes or (*self._static_sizes(spec, max_tokens), max_tokens)
-            # Memory of the outputs may be in use by what the current stream did before.
             result = out.allocate(*sizes)
-            self.link.stream.wait_stream(current)
+            self.link.follow(current)
+            opening()
             self.link.channel.dispatch(
-                arguments, num_senders=senders, num_placers=placers, bulk=bulk, stream=self.link.stream.cuda_stream
+                arguments, num_senders=senders, num_placers=placers, bulk=bulk, stream=self.link.queue
             )
             flight = self.link.end(current, (*keep, result))
             return Launch(self.link, lambda: (result, (flight,)), outputs_of)
-        opened = torch.cuda.Event()
-        opened.record(self.link.stream)
+        self.link.follow(current)
+        opening()
+        opened = self._extension.Event()
+        opened.record(self.link.queue)
         # What is sent before the sizes are known must not wait for peers, which may wait for this host.
         self.link.channel.dispatch(
             arguments,
@@ -297,7 +303,7 @@ class CudaBackend:
             num_placers=0,
             laps=FIRST_LAP,
             bulk=bulk,
-            stream=self.link.stream.cuda_stream,
+            stream=self.link.queue,
         )
         flight = self.link.end(current, keep)
 
@@ -324,9 +330,8 @@ class CudaBackend:
         scale_words = 0 if scales is None else scales.shape[1]
         rows = x.new_empty(plan.num_rows, x.shape[1])
         out_scales = None if scales is None else scales.new_empty(plan.num_rows, scale_words)
-        # Memory of the outputs may be in use by what the current stream did before.
-        self.link.stream.wait_stream(current)
-        self.link.channel.open(header, self.link.stream.cuda_stream)
+        self.link.follow(current)
+        self.link.channel.open(header, self.link.queue)
         arguments = self._extension.DispatchArguments(
             row_bytes=x.shape[1] * x.itemsize,
             meta_words=scale_words,
@@ -355,7 +360,7 @@ class CudaBackend:
         )
         senders, placers = self._split("compact" if plan.is_compact else "expanded", num_sms)
         self.link.channel.dispatch(
-            arguments, num_senders=senders, num_placers=placers, bulk=self.bulk, stream=self.link.stream.cuda_stream
+            arguments, num_senders=senders, num_placers=placers, bulk=self.bulk, stream=self.link.queue
         )
         flight = self.link.end(current, (x, scales, rows, out_scales, plan))
         return Launch(self.link, lambda: ((rows, out_scales), (flight,)), tuple)
@@ -397,9 +402,8 @@ class CudaBackend:
             top_k = values.shape[1] if plan.is_compact else plan.top_k
             out_values = values.new_empty(plan.num_tokens, top_k)
             value_words = values.itemsize // WORD_BYTES
-        # Memory of the outputs may be in use by what the current stream did before.
-        self.link.stream.wait_stream(current)
-        self.link.channel.open(header, self.link.stream.cuda_stream)
+        self.link.follow(current)
+        self.link.channel.open(header, self.link.queue)
         senders, reducers = self._split("combine", num_sms)
         self.link.channel.combine(
             row_bytes=y.shape[1] * y.itemsize,
@@ -428,7 +432,7 @@ class CudaBackend:
             bias_0=pointer(bias[0]) if bias else 0,
             bias_1=pointer(bias[1]) if len(bias) > 1 else 0,
             out_values=pointer(out_values),
-            stream=self.link.stream.cuda_stream,
+            stream=self.link.queue,
         )
         flight = self.link.end(current, (y, row_weights, plan, bias, values, out, out_values))
         return Launch(self.link, lambda: ((out, out_values), (flight,)), tuple)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from moe_ep.events import Waitable
@@ -19,14 +18,14 @@ class Flight:
     """Work on the communication streams, and what must outlive it.
 
     Attributes:
-        event: its end.
-        stream: the stream that its tensors were allocated on.
+        event: its end, an event of the extension.
+        stream: address of the stream that its tensors were allocated on.
         keep: inputs, outputs and temporaries; nothing once it has landed.
         captured: whether it belongs to a graph, so that its event says nothing to the host.
     """
 
-    event: torch.cuda.Event
-    stream: torch.cuda.Stream
+    event: Any
+    stream: int
     keep: tuple[Any, ...]
     captured: bool
 

@@ -61,9 +61,13 @@ class CudaLink:
         self.payload_bytes = 0
         self.stream = torch.cuda.Stream(self.device, priority=-1)
         self.place_stream = torch.cuda.Stream(self.device, priority=-1)
+        # Streams as the extension takes them; asking torch for one each time costs as much as a launch.
+        self.queue: int = self.stream.cuda_stream
+        self.place_queue: int = self.place_stream.cuda_stream
+        self._order = self._extension.Event()
         self._flights: list[Flight] = []
         self._unplaced: list[Callable[[], None]] = []
-        self._caller: torch.cuda.Stream | None = None
+        self._caller: int | None = None
         self._overflows = 0
         self._broken: MoeEpError | None = None
         self._calls = 0
@@ -202,18 +206,33 @@ class CudaLink:
 
     # Exchanges
 
-    def begin(self) -> torch.cuda.Stream:
-        """Order the communication stream after the current one, which is returned.
+    def begin(self) -> int:
+        """Get ready for an exchange; returns the current stream, which :meth:`follow` takes.
 
         Rows of dispatches that nobody has waited for are placed first: peers take the next exchange for a sign that the
         rings are free again.
         """
         self._place_deferred()
-        current = torch.cuda.current_stream(self.device)
         if not torch.cuda.is_current_stream_capturing():
             self._flights = [one for one in self._flights if not one.let_go()]
-        self.stream.wait_stream(current)
-        return current
+        return self.here()
+
+    def follow(self, current: int) -> None:
+        """Order the communication stream after the current one, once outputs are allocated on it.
+
+        What it has done so far has written the inputs, and may still use the memory that the outputs were given.
+        """
+        self.order(current, self.queue)
+
+    def order(self, first: int, then: int) -> None:
+        """Make a stream wait for all that another one has been given so far."""
+        if first != then:
+            self._order.order(first, then)
+
+    def here(self) -> int:
+        """Address of the current stream."""
+        # NOTE: torch.cuda.current_stream makes an object, which takes ten times as long.
+        return int(torch._C._cuda_getCurrentRawStream(self.device.index))
 
     def _place_deferred(self) -> None:
         while self._unplaced:
@@ -227,7 +246,7 @@ class CudaLink:
         for the caller's stream needs ``record_stream``.
         """
         self._place_deferred()
-        caller = torch.cuda.current_stream(self.device)
+        caller = self.here()
         with torch.cuda.stream(self.stream):
             event.current_stream_wait()
             self._caller = caller
@@ -245,12 +264,13 @@ class CudaLink:
         if place in self._unplaced:
             self._unplaced.remove(place)
 
-    def end(self, current: torch.cuda.Stream, keep: tuple[Any, ...]) -> Flight:
+    def end(self, current: int, keep: tuple[Any, ...]) -> Flight:
         """Mark the end of what was launched since :meth:`begin`, and keep its tensors until then."""
-        event = torch.cuda.Event()
-        event.record(self.stream)
+        event = self._extension.Event()
+        event.record(self.queue)
         # What was allocated on the communication stream goes back to it, which comes after its own exchanges.
-        flight = Flight(event, self._caller or current, keep, torch.cuda.is_current_stream_capturing())
+        stream = current if self._caller is None else self._caller
+        flight = Flight(event, stream, keep, torch.cuda.is_current_stream_capturing())
         self._flights.append(flight)
         return flight
 
@@ -261,10 +281,10 @@ class CudaLink:
             flight: what :meth:`end` returned.
             outputs: what the caller goes on with.
         """
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(flight.event)
+        current = self.here()
+        flight.event.wait(current)
         if current != flight.stream:
-            self.lend(outputs, current)
+            self.lend(outputs, torch.cuda.current_stream(self.device))
         elif flight in self._flights:
             self._flights.remove(flight)
             flight.keep = ()
@@ -289,8 +309,8 @@ class CudaLink:
     def refuse(self, call: Call, error: Exception) -> NoReturn:
         """Tell the peers that this rank raises instead of taking part, and raise."""
         if self.channel is not None and self.control.size > 1:
-            self.begin()
-            self.channel.open(self.header(call, error), self.stream.cuda_stream)
+            self.follow(self.begin())
+            self.channel.open(self.header(call, error), self.queue)
             self._broken = MoeEpError(f"{type(error).__name__}: {error}")
         raise error
 

@@ -24,7 +24,7 @@ class Counts:
 
     Attributes:
         topk_idx: int64 [T, K] physical ids, after drops.
-        idx_in_expert: int32 [T, K].
+        idx_in_expert: address of int32 [T, K], places of the choices; 0 without choices.
         idx_in_rank: int32 [T, R].
         token_ranks: int32 [T].
         table: int32, of the plan.
@@ -36,7 +36,7 @@ class Counts:
     """
 
     topk_idx: Tensor
-    idx_in_expert: Tensor
+    idx_in_expert: int
     idx_in_rank: Tensor
     token_ranks: Tensor
     table: Tensor

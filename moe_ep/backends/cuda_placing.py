@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from moe_ep.backends.cuda_jobs import Flight
 from moe_ep.backends.cuda_link import CudaLink
 from moe_ep.backends.cuda_outputs import Counts, Outputs
@@ -28,7 +26,7 @@ class Placing:
         arguments: Any,
         split: tuple[int, int],
         bulk: bool,
-        opened: torch.cuda.Event,
+        opened: Any,
         launched: tuple[Flight, tuple[Any, ...]],
     ) -> None:
         self._link = link
@@ -51,11 +49,11 @@ class Placing:
         finally:
             link.placed(self.place)
         counts.host_counts = link.channel.host_counts(counts.ticket, counts.num_local_experts)
-        here = torch.cuda.current_stream(link.device)
+        here = link.here()
         self._result = self._out.allocate(*sizes)
-        stream = link.place_stream
-        stream.wait_event(self._opened)
-        stream.wait_stream(here)
+        stream = link.place_queue
+        self._opened.wait(stream)
+        link.order(here, stream)
         # Later laps are sent and placed by one launch, so that senders never wait for placers that are not there.
         num_laps = self._note_sizes(sizes[2])
         link.channel.dispatch(
@@ -64,10 +62,10 @@ class Placing:
             num_placers=self._split[1],
             laps=LATER_LAPS,
             bulk=self._bulk,
-            stream=stream.cuda_stream,
+            stream=stream,
         )
         # Later exchanges come after this one's rows are placed.
-        link.stream.wait_stream(stream)
+        link.order(stream, link.queue)
         self._flights = (link.end(here, (*self._keep, self._result)), self._flight)
 
     def outputs(self) -> tuple[Dispatch, tuple[Flight, ...]]:

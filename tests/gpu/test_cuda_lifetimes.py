@@ -216,6 +216,8 @@ def small_ones(kept: object) -> object:
     """What a flight keeps, without large tensors: kernels read the small ones as addresses and sizes."""
     if isinstance(kept, Dispatch):
         return kept.plan, kept.row_weights
+    if type(kept) is tuple:
+        return tuple(small_ones(one) for one in kept)
     if isinstance(kept, Tensor):
         return kept if kept.numel() < TOKENS * HIDDEN else None
     return None if isinstance(kept, Outputs) else kept
