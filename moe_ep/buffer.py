@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_ep.backends.control import Call, ControlPlane
-from moe_ep.backends.cuda import load_extension
+from moe_ep.backends.cuda import load_extension, require_cuda, why_not_by_itself, why_not_cuda
 from moe_ep.backends.cuda_exchange import CudaBackend
 from moe_ep.backends.runtime import TorchRuntime
 from moe_ep.backends.torch import TorchBackend
@@ -193,7 +193,7 @@ class Buffer(InternodeCalls):
         if backend not in ("auto", "torch", "cuda"):
             raise ValueError(f'backend={backend!r} must be "auto", "torch" or "cuda"')
         if backend == "cuda":
-            _require_cuda()
+            require_cuda()
         if self.low_latency_mode:
             raise NotBuiltError(
                 "low_latency_mode=True needs the low-latency family, which this version does not have: leave it False "
@@ -209,7 +209,9 @@ class Buffer(InternodeCalls):
 
     def _make_backend(self, backend: str) -> tuple[TorchBackend | CudaBackend, str]:
         """The backend that was asked for, or the one that all ranks can use, and why. Collective."""
-        reason = "asked for" if backend == "torch" else _why_not_cuda(backend)
+        reason = "asked for" if backend == "torch" else why_not_cuda()
+        if reason is None and backend == "auto":
+            reason = why_not_by_itself(self.group)
         if backend != "torch":
             told = self.control.open(Call("settings"), torch.tensor([int(reason is None)], device="cpu"))
             if reason is None and not bool(told.all()):
@@ -429,27 +431,3 @@ def _timeout(timeout_s: float | None) -> tuple[float, ValueError | None]:
     if not 0 < value < float("inf"):
         return _DEFAULT_TIMEOUT_S, ValueError(f"{name}={given} must be a positive number of seconds")
     return value, None
-
-
-def _why_not_cuda(backend: str) -> str | None:
-    """Why this rank cannot or should not use the CUDA backend; None where it should."""
-    if backend == "auto":
-        return 'the CUDA backend is new and has to be asked for with backend="cuda"'
-    try:
-        _require_cuda()
-    except NotBuiltError as error:
-        return str(error)
-    return None
-
-
-def _require_cuda() -> None:
-    if not torch.cuda.is_available():
-        raise NotBuiltError(
-            'backend="cuda" needs a GPU, and torch sees none here: use backend="torch" or "auto"; '
-            "`moe-ep doctor` shows what is missing"
-        )
-    if not load_extension().build_info()["cuda"]:
-        raise NotBuiltError(
-            'backend="cuda" needs CUDA kernels, and moe_ep._C was built without: install from source where nvcc is '
-            'found, or use backend="torch"'
-        )

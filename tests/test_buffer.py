@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_ep import Buffer, Config, EventOverlap
+from moe_ep.backends.cuda import why_not_by_itself
 from moe_ep.errors import (
     CapacityError,
     MoeEpError,
@@ -376,6 +377,25 @@ def rows_before(ctx: RankContext) -> None:
 
 def test_handles_on_several_nodes_tell_the_rows_before_each_source(ranks: Ranks) -> None:
     ranks(4, rows_before)
+
+
+def choose_by_itself(ctx: RankContext) -> tuple[str | None, str]:
+    # As on a machine with GPUs, whatever this one has.
+    module = importlib.import_module("moe_ep.buffer")
+    known, module.why_not_cuda = module.why_not_cuda, lambda: None
+    try:
+        buffer = Buffer(ctx.group)
+        return buffer.backend_name, buffer.backend_reason
+    finally:
+        module.why_not_cuda = known
+
+
+def test_auto_takes_torch_where_nothing_says_that_rows_are_on_gpus(ranks: Ranks) -> None:
+    for name, reason in ranks(2, choose_by_itself):
+        assert name == "torch"
+        assert "by gloo, not by nccl" in reason
+        assert 'ask for backend="cuda"' in reason
+    assert "without a process group" in (why_not_by_itself(None) or "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

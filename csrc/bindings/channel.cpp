@@ -11,6 +11,7 @@
 #include "host/errors.h"
 #include "layout/exchange.h"
 #if MOE_EP_WITH_CUDA
+#include "host/cuda/capabilities.h"
 #include "host/cuda/channel.h"
 #endif
 
@@ -159,6 +160,8 @@ void register_channel(py::module_& module) {
     module.def("group_layout", &group_layout, py::kw_only(), py::arg("row_bytes"), py::arg("meta_words"),
                "Offsets and size of one group of rows in a ring.");
 #if MOE_EP_WITH_CUDA
+    module.def("kernel_problem", &find_kernel_problem, py::arg("device"),
+               "Why the kernels of this build do not run on a device, as CUDA says it; empty where they do.");
     py::class_<DispatchArguments>(module, "DispatchArguments", "What Channel.dispatch moves, as addresses and sizes.")
         .def(
             py::init([](int64_t row_bytes, int64_t meta_words, int top_k, int num_experts, int64_t max_chunks,

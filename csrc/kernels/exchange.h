@@ -1,5 +1,7 @@
 #pragma once
 
+#include <string>
+
 #include "layout/exchange.h"
 
 namespace moe_ep {
@@ -13,6 +15,9 @@ void prepare_kernels();
 void prepare_open();
 void prepare_dispatch(bool bulk);
 void prepare_combine(bool bulk);
+
+// Why the kernels of this build do not run on the current device, as CUDA says it; empty where they do.
+std::string kernel_problem();
 
 // Compares headers with all peers and, for a dispatch, exchanges counts and writes the plan's table.
 void launch_open(const OpenParams& params, void* stream);

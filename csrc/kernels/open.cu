@@ -301,6 +301,15 @@ void prepare_open() {
     check_cuda(cudaFuncGetAttributes(&attributes, open_exchange), "cudaFuncGetAttributes(open_exchange)");
 }
 
+std::string kernel_problem() {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, open_exchange);
+    if (status == cudaSuccess) return "";
+    // What is told here must not be found again by the next launch's check.
+    cudaGetLastError();
+    return cudaGetErrorString(status);
+}
+
 void prepare_kernels() {
     int device = 0, major = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");

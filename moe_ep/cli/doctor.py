@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import moe_ep
-from moe_ep.buffer import Buffer
+from moe_ep.backends.cuda import why_not_cuda
 from moe_ep.cli.findings import REBUILD, REBUILD_CUDA, Finding, one_line
 from moe_ep.cli.machine import examine_gpus, examine_tools, examine_torch
 from moe_ep.cli.tables import print_table
@@ -185,9 +185,11 @@ def examine_packages() -> list[Finding]:
 
 
 def examine_backend() -> list[Finding]:
-    """What ``backend="auto"`` chooses here, from the Buffer itself, on a group of one rank."""
-    buffer = Buffer(None)
-    found = f"{buffer.backend_name}: {buffer.backend_reason}"
+    """What ``backend="auto"`` chooses here, as the Buffer does."""
+    reason = why_not_cuda()
+    found = "cuda for NCCL groups whose GPUs reach each other, torch for others"
+    if reason is not None:
+        found = f"torch: {reason}"
     return [Finding(part="backend", name="auto", state="ok", found=found)]
 
 

@@ -52,6 +52,17 @@ def assert_works(buffer: Buffer, ctx: RankContext) -> None:
     assert got["listed"].tolist()
 
 
+def choose_by_itself(ctx: RankContext) -> list[str]:
+    torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
+    nccl, both = dist.new_group(backend="nccl"), dist.new_group(backend="cpu:gloo,cuda:nccl")
+    return [Buffer(group, timeout_s=20).backend_name for group in (ctx.group, nccl, both)]
+
+
+@pytest.mark.multi_gpu(2)
+def test_auto_takes_cuda_for_groups_of_nccl() -> None:
+    assert run_ranks(2, choose_by_itself) == [["torch", "cuda", "cuda"]] * 2
+
+
 def compare(ctx: RankContext, seeds: list[int], bulk: bool, granted_row: int, nodes: int) -> None:
     settings = {"ranks_per_node": ctx.world_size // nodes}
     # The least that may be granted: every larger exchange goes round the rings several times.

@@ -23,7 +23,15 @@ def exchange(group: dist.ProcessGroup, device: str, name: str, rank: int, dtype:
     """One dispatch and combine with gradients; everything that comes out, on the CPU."""
     tokens = [33, 0, 40, 7][rank]
     num_experts = 4 * group.size()
-    dispatcher = TokenDispatcher(group, num_experts=num_experts, hidden_size=64, top_k=3, dtype=dtype, **SETTINGS[name])
+    dispatcher = TokenDispatcher(
+        group,
+        num_experts=num_experts,
+        hidden_size=64,
+        top_k=3,
+        dtype=dtype,
+        backend="torch",
+        **SETTINGS[name],
+    )
     topk_idx, weights = make_routing(tokens, 3, num_experts, kind="holes", seed=rank)
     # Small integers: sums are exact in every dtype, so devices must agree bit for bit.
     x = torch.randint(-4, 5, (tokens, 64), generator=torch.Generator().manual_seed(rank)).to(device, dtype)
@@ -70,6 +78,7 @@ def layer_gradients(group: dist.ProcessGroup, device: str, rank: int) -> list[to
         shared_intermediate_size=32,
         num_chunks=2,
         late_wgrad=True,
+        backend="torch",
         dtype=torch.float32,
         device=device,
     )
@@ -98,7 +107,7 @@ def buffer_calls(ctx: RankContext) -> None:
     device = f"cuda:{ctx.rank}"
     torch.cuda.set_device(ctx.rank)
     group = dist.new_group(backend="nccl")
-    buffer = Buffer(group)
+    buffer = Buffer(group, backend="torch")
     topk_idx, weights = make_routing(50, 2, 4, kind="uniform", seed=ctx.rank)
     topk_idx, weights = topk_idx.to(device), weights.to(device)
     x = torch.full((50, 32), float(ctx.rank + 1), dtype=torch.bfloat16, device=device)
@@ -128,7 +137,7 @@ def exchange_behind_work(ctx: RankContext) -> None:
     device = f"cuda:{ctx.rank}"
     torch.cuda.set_device(ctx.rank)
     group = dist.new_group(backend="nccl")
-    dispatcher = TokenDispatcher(group, num_experts=4, hidden_size=64, top_k=2, dtype=torch.float32)
+    dispatcher = TokenDispatcher(group, num_experts=4, hidden_size=64, top_k=2, dtype=torch.float32, backend="torch")
     topk_idx, weights = make_routing(20, 2, 4, kind="uniform", seed=ctx.rank)
     x = torch.randn(20, 64, device=device)
     routed = dispatcher.dispatch(x, topk_idx.to(device), weights.to(device))

@@ -3,7 +3,9 @@
 #include <unistd.h>
 
 #include "host/cuda/arena.h"
+#include "host/cuda/device_scope.h"
 #include "host/cuda/driver.h"
+#include "kernels/exchange.h"
 
 namespace moe_ep {
 namespace {
@@ -34,6 +36,15 @@ DeviceCapabilities device_capabilities(int device) {
     check_device("device", device);
     const DeviceProperties found = device_properties(device);
     return {.fd = can_export_fd(device), .ipc = found.unified_addressing && !found.integrated, .properties = found};
+}
+
+std::string find_kernel_problem(int device) {
+    try {
+        const DeviceScope scope(device);
+        return kernel_problem();
+    } catch (const LibraryError& error) {
+        return error.what();
+    }
 }
 
 }  // namespace moe_ep

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <string>
+
 #include "host/cuda/device.h"
 
 namespace moe_ep {
@@ -13,5 +15,8 @@ struct DeviceCapabilities {
 
 // Raises LibraryError where there is no driver or no GPU, ArgumentError for an index that no GPU has.
 DeviceCapabilities device_capabilities(int device);
+
+// Why the kernels of this build do not run on a device, as CUDA says it; empty where they do.
+std::string find_kernel_problem(int device);
 
 }  // namespace moe_ep
