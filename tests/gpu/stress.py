@@ -27,9 +27,8 @@ from moe_ep.testing.worker import RankContext
 _SKEW_CYCLES = 200_000
 _KINDS = ("uniform", "zipf", "one", "empty", "holes")
 _SETTINGS = 7
-# Fixed rows per expert where there is a capacity.
-_PER_EXPERT = 512
-_MAX_TOKENS = 64
+# Largest T, and where rings are granted, so that they are gone round several times.
+_MAX_TOKENS, _MAX_TOKENS_GRANTED = 64, 256
 
 
 class Exchanges:
@@ -65,9 +64,9 @@ def expected_rows(spec: ExchangeSpec, rank: int, ids: list[Tensor], xs: list[Ten
     return torch.cat(parts)
 
 
-def draw_spec(draw: random.Random, size: int) -> ExchangeSpec:
-    """Settings of some exchanges; the same on all ranks."""
-    hidden = draw.choice((8, 64, 520, 2048, 7168))
+def draw_spec(draw: random.Random, size: int, most: int) -> ExchangeSpec:
+    """Settings of some exchanges of at most ``most`` tokens per rank; the same on all ranks."""
+    hidden = draw.choice((8, 64, 520, 2048, 7168) if most == _MAX_TOKENS else (2048, 7168))
     num_experts = draw.choice((1, 2, 8)) * size
     return ExchangeSpec(
         num_experts=num_experts,
@@ -75,7 +74,7 @@ def draw_spec(draw: random.Random, size: int) -> ExchangeSpec:
         top_k=min(draw.choice((1, 2, 4)), num_experts),
         num_ranks=size,
         dtype=torch.float32 if hidden < 2048 else torch.bfloat16,
-        capacity=Capacity(per_expert=_PER_EXPERT) if draw.random() < 0.5 else None,
+        capacity=Capacity(per_expert=size * most) if draw.random() < 0.5 else None,
     )
 
 
@@ -86,14 +85,15 @@ def stress(ctx: RankContext, seed: int, num_exchanges: int, granted_bytes: int, 
     other = dist.new_group(backend="nccl") if beside_nccl else None
     buffer = Buffer(ctx.group, granted_bytes * ctx.world_size, backend="cuda", timeout_s=20 if fault == 0 else 2)
     me, size = Exchanges(buffer), ctx.world_size
+    most = _MAX_TOKENS_GRANTED if granted_bytes else _MAX_TOKENS
     draw, skew = random.Random(seed), random.Random(seed * 100 + ctx.rank)
     side, reduced = torch.cuda.Stream(), torch.ones(1 << 20, device="cuda")
     left = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     done = 0
     with torch.no_grad():
         while done < num_exchanges:
-            spec = draw_spec(draw, size)
-            tokens = [draw.choice((0, 1, 5, 33, _MAX_TOKENS)) for _ in range(size)]
+            spec = draw_spec(draw, size, most)
+            tokens = [draw.choice((0, 1, 5, 33, most)) for _ in range(size)]
             me.backend.bulk = draw.random() < 0.7 and torch.cuda.get_device_capability() >= (9, 0)
             kind, routing_seed = draw.choice(_KINDS), draw.randrange(1 << 30)
             ids, xs = [], []
@@ -125,7 +125,7 @@ def stress(ctx: RankContext, seed: int, num_exchanges: int, granted_bytes: int, 
                         if other is not None:
                             dist.all_reduce(reduced, dist.ReduceOp.MAX, group=other)
                         left @ left
-                result = me.dispatch(now, topk_idx, weights, spec, 0 if spec.capacity is None else _MAX_TOKENS)
+                result = me.dispatch(now, topk_idx, weights, spec, 0 if spec.capacity is None else most)
                 _check(me, real_rows(result.rows, result, spec), rows_now, "rows", about)
                 _check(me, me.combine(result.rows, result.plan), sums_now, "sums", about)
                 again = me.replay(-now, result.plan)
@@ -139,8 +139,9 @@ def real_rows(rows: Tensor, result: Any, spec: ExchangeSpec) -> Tensor:  # noqa:
     """Layout rows without what nobody wrote behind each expert's last one."""
     if spec.capacity is None:
         return rows
-    places = torch.arange(rows.shape[0], device=rows.device) % _PER_EXPERT
-    return rows[places < result.tokens_per_expert.repeat_interleave(_PER_EXPERT)]
+    per_expert = spec.capacity.per_expert
+    places = torch.arange(rows.shape[0], device=rows.device) % per_expert
+    return rows[places < result.tokens_per_expert.repeat_interleave(per_expert)]
 
 
 def _check(me: Exchanges, got: Tensor, want: Tensor, what: str, about: tuple[Any, ...]) -> None:

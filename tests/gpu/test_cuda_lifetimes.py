@@ -225,7 +225,7 @@ def small_ones(kept: object) -> object:
 
 def land_anywhere(self: CudaLink, flight: Flight, *outputs: Tensor | None) -> None:
     """A wait by any stream lets tensors go."""
-    torch.cuda.current_stream(self.device).wait_event(flight.event)
+    flight.event.wait(self.here())
     self._flights.remove(flight)
 
 
