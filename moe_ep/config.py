@@ -16,6 +16,7 @@ _ALIGNMENT_BYTES = 128
 _HINT_NUM_SMS = 24
 _RANKS_PER_NODE = 8
 
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_GROUP = 128
@@ -167,11 +168,17 @@ class ExchangeSpec:
     on_overflow: str = "raise"
     max_tokens_per_rank: int | None = None
     wire_dtype: torch.dtype | None = None
+    combine_dtype: torch.dtype | None = None
 
     @property
     def num_local_experts(self) -> int:
         """e = E / R."""
         return self.num_experts // self.num_ranks
+
+    @property
+    def wide_sums(self) -> bool:
+        """Whether sums of one rank's rows of a token travel in fp32 though rows have 16 bits."""
+        return self.combine_dtype is not None and self.dtype in HALF_DTYPES
 
     @functools.cached_property
     def per_choice(self) -> bool:
@@ -276,6 +283,17 @@ def _check_choices(spec: ExchangeSpec) -> None:
             raise ValueError(
                 f"hidden_size={spec.hidden_size} must be a multiple of {FP8_GROUP} with wire_dtype={FP8_DTYPE}: "
                 f"one scale covers {FP8_GROUP} channels"
+            )
+    if spec.combine_dtype is not None:
+        if spec.combine_dtype != torch.float32 or spec.dtype == torch.float64:
+            raise ValueError(
+                f"combine_dtype={spec.combine_dtype} must be torch.float32, for rows of at most 32 bits, or None for "
+                f"dtype={spec.dtype}"
+            )
+        if spec.layout == "compact":
+            raise ValueError(
+                'combine_dtype cannot be used with layout="compact": there experts sum a token\'s rows, and combine '
+                "sends what they return"
             )
     if spec.layout == "compact" and spec.weights == "combine":
         raise ValueError(

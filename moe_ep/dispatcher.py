@@ -52,6 +52,8 @@ class TokenDispatcher(nn.Module):
         sm_budget: SMs that torch's GEMMs leave free between launch and wait of an asynchronous exchange, through its
             experimental carve-out, which announces itself with a warning; None for none. No effect on a CPU.
         wire_dtype: ``torch.float8_e4m3fn`` casts rows for the wire; they arrive in ``dtype`` again.
+        combine_dtype: ``torch.float32`` sends what a rank sums of a token's 16-bit rows in fp32: twice the bytes of
+            combine and of dispatch's backward, and one rounding instead of one per rank. None sends rows' ``dtype``.
         expert_map: int32 [E_logical, max_replicas] physical ids, -1 after the last; ids are then logical.
         timeout_s: bound of every wait in seconds; None takes ``MOE_EP_TIMEOUT_S``, else 600.
         validate: whether to check id values; None checks on the torch backend.
@@ -88,6 +90,7 @@ class TokenDispatcher(nn.Module):
         num_sms: int | None = None,
         sm_budget: int | None = None,
         wire_dtype: torch.dtype | None = None,
+        combine_dtype: torch.dtype | None = None,
         expert_map: Tensor | None = None,
         timeout_s: float | None = None,
         validate: bool | None = None,
@@ -106,6 +109,7 @@ class TokenDispatcher(nn.Module):
         self.num_sms = num_sms
         self.sm_budget = sm_budget
         self.wire_dtype = wire_dtype
+        self.combine_dtype = combine_dtype
         self.timeout_s = timeout_s
         self.validate = validate
         self.layer: int | str | None = next(_LAYER_NUMBERS)
@@ -188,6 +192,7 @@ class TokenDispatcher(nn.Module):
             on_overflow=self.on_overflow,
             max_tokens_per_rank=self.max_tokens_per_rank,
             wire_dtype=self.wire_dtype,
+            combine_dtype=self.combine_dtype,
         )
 
     def _live(self) -> Exchanger:

@@ -165,7 +165,8 @@ class Exchanger:
         def run() -> Tensor:
             announce = self._announce("combine", spec, plan, error)
             weights = None if row_weights is None else row_weights.reshape(-1)
-            return self.buffer.backend.combine(y.reshape(-1, spec.hidden_size), weights, plan, announce=announce)
+            rows = y.reshape(-1, spec.hidden_size)
+            return self.buffer.backend.combine(rows, weights, plan, announce=announce, wide=spec.wide_sums)
 
         return self._launch(run, error, plan.device)
 
@@ -199,7 +200,8 @@ class Exchanger:
         def run() -> tuple[Tensor, Tensor]:
             announce = self._announce("combine of gradients", spec, plan, error)
             flat = weight_grads if spec.layout == "compact" else weight_grads.reshape(-1)
-            return self.buffer.backend.combine_grads(grads.reshape(-1, spec.hidden_size), flat, plan, announce)
+            rows = grads.reshape(-1, spec.hidden_size)
+            return self.buffer.backend.combine_grads(rows, flat, plan, announce, wide=spec.wide_sums)
 
         return self._launch(run, error, plan.device)
 

@@ -16,7 +16,7 @@ from moe_ep.backends.control import Call
 from moe_ep.backends.cuda_exchange import Counts, CudaBackend
 from moe_ep.backends.cuda_jobs import CudaJob
 from moe_ep.backends.cuda_link import CudaLink
-from moe_ep.backends.cuda_outputs import max_chunks
+from moe_ep.backends.cuda_outputs import WORD_BYTES, max_chunks
 from moe_ep.backends.cuda_plan import table_layout
 from moe_ep.backends.types import Dispatch
 from moe_ep.buffer import Buffer
@@ -97,7 +97,7 @@ class CudaExchanger(Exchanger):
         """Bytes of the longest row and words of the longest metadata, whatever an exchange really carries."""
         weight_words = 2 if spec.dtype == torch.float64 else 1
         meta_words = (2 + weight_words) * spec.top_k + -(-spec.hidden_size // FP8_GROUP)
-        return spec.hidden_size * spec.dtype.itemsize, meta_words
+        return spec.hidden_size * (WORD_BYTES if spec.wide_sums else spec.dtype.itemsize), meta_words
 
     # Exchanges
 
@@ -199,7 +199,12 @@ class CudaExchanger(Exchanger):
         self._begin()
         weights = None if row_weights is None else row_weights.reshape(-1).contiguous()
         job = self.backend.combine(
-            y.reshape(-1, spec.hidden_size), weights, plan, self.link.header(call), num_sms=self.num_sms
+            y.reshape(-1, spec.hidden_size),
+            weights,
+            plan,
+            self.link.header(call),
+            wide=spec.wide_sums,
+            num_sms=self.num_sms,
         )
         return self._checked(lambda: job.result()[0])
 
@@ -231,6 +236,7 @@ class CudaExchanger(Exchanger):
             self.link.header(call),
             values=values,
             only_own_values=True,
+            wide=spec.wide_sums,
             num_sms=self.num_sms,
         )
 

@@ -216,3 +216,38 @@ def check_round_trips(ctx: RankContext, cases: Sequence[Case], *, use_async: boo
     for case in cases:
         round_trip(ctx, case, case.dispatcher(ctx.group), use_async=use_async)
     return len(cases)
+
+
+def rounding_of_sums(
+    ctx: RankContext, layout: str, dtype: torch.dtype, combine_dtype: torch.dtype | None, device: str = "cpu"
+) -> tuple[float, float]:
+    """Largest error of combine's output and of x's gradient, in half units of the last place of 16-bit rows."""
+    num_tokens, num_experts, top_k = 64, 5 * ctx.world_size, 5
+    dispatcher = moe_ep.TokenDispatcher(
+        ctx.group,
+        num_experts=num_experts,
+        hidden_size=64,
+        top_k=top_k,
+        dtype=dtype,
+        layout=layout,
+        weights="experts",
+        max_tokens_per_rank=num_tokens,
+        combine_dtype=combine_dtype,
+        backend="torch" if device == "cpu" else "cuda",
+    )
+    topk_idx, topk_weights = make_routing(num_tokens, top_k, num_experts, seed=ctx.rank)
+    generator = torch.Generator().manual_seed(ctx.rank)
+    x, grad = (torch.rand(num_tokens, 64, generator=generator).add(0.5).to(dtype) for _ in range(2))
+    leaf = x.to(device).requires_grad_()
+    routed = dispatcher.dispatch(leaf, topk_idx.to(device), topk_weights.to(device))
+    out = dispatcher.combine(routed.x, routed.handle)
+    out.backward(grad.to(device))
+    assert leaf.grad is not None
+    bits = 8 if dtype == torch.bfloat16 else 11
+    errors = []
+    for got, term in ((out.detach(), x), (leaf.grad, grad)):
+        # Every choice adds the row itself.
+        exact = top_k * term.double()
+        half_unit = torch.exp2(torch.floor(torch.log2(exact)) - bits)
+        errors.append(float(((got.cpu().double() - exact).abs() / half_unit).max()))
+    return errors[0], errors[1]

@@ -95,6 +95,12 @@ def make_spec(**changes: object) -> ExchangeSpec:
         ({"max_tokens_per_rank": 0}, "max_tokens_per_rank=0"),
         ({"wire_dtype": torch.int8}, r"wire_dtype=torch\.int8"),
         ({"wire_dtype": torch.float8_e4m3fn}, "hidden_size=8.*multiple of 128"),
+        ({"combine_dtype": torch.bfloat16}, r"combine_dtype=torch\.bfloat16.*float32"),
+        ({"combine_dtype": torch.float32, "dtype": torch.float64, "hidden_size": 8}, r"dtype=torch\.float64"),
+        (
+            {"combine_dtype": torch.float32, "layout": "compact", "weights": "experts"},
+            'combine_dtype.*layout="compact"',
+        ),
     ],
 )
 def test_exchange_rules_name_value_rule_and_remedy(changes: dict, text: str) -> None:

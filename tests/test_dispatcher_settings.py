@@ -16,6 +16,7 @@ from moe_ep.testing import RankContext, make_routing
 from tests.checks import (
     Case,
     flat_rows,
+    rounding_of_sums,
     round_trip,
 )
 
@@ -177,6 +178,18 @@ def cast_on_the_wire(ctx: RankContext, case: Case) -> None:
 def test_rows_may_be_cast_for_the_wire(ranks: Ranks, shape: dict, tokens: tuple[int, int], kind: str) -> None:
     case = Case(tokens=tokens, hidden_size=256, dtype=torch.bfloat16, kind=kind, **shape)
     ranks(2, cast_on_the_wire, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["expanded", "slab"])
+def test_sums_may_travel_in_fp32(ranks: Ranks, layout: str, dtype: torch.dtype) -> None:
+    for out, dx in ranks(2, rounding_of_sums, layout, dtype, torch.float32):
+        assert out <= 1.001
+        assert dx <= 1.001
+    # What the option is for: without it sums are rounded once per rank as well.
+    for out, dx in ranks(2, rounding_of_sums, layout, dtype, None):
+        assert 1.1 < out < 3.0
+        assert 1.1 < dx < 3.0
 
 
 def train_after(ctx: RankContext, mode: str) -> None:

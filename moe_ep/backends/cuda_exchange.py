@@ -376,6 +376,7 @@ class CudaBackend:
         bias: tuple[Tensor, ...] = (),
         values: Tensor | None = None,
         only_own_values: bool = False,
+        wide: bool = False,
         num_sms: int | None = None,
     ) -> Launch[tuple[Tensor, Tensor | None]]:
         """Launch the way home of layout rows: each token's sum, and of values that travel beside them.
@@ -388,6 +389,7 @@ class CudaBackend:
             bias: up to two [T, H] tensors added before rounding.
             values: [num_rows], or [N, K] for compact rows, fp32 or fp64; each token's are summed over ranks.
             only_own_values: whether values of compact rows count for this rank's choices alone.
+            wide: whether sums of 16-bit rows travel in fp32.
             num_sms: None for the default.
 
         Returns:
@@ -406,7 +408,7 @@ class CudaBackend:
         self.link.channel.open(header, self.link.queue)
         senders, reducers = self._split("combine", num_sms)
         self.link.channel.combine(
-            row_bytes=y.shape[1] * y.itemsize,
+            row_bytes=y.shape[1] * (WORD_BYTES if wide else y.itemsize),
             meta_words=top_k * value_words,
             top_k=top_k,
             num_experts=plan.num_experts,
@@ -421,6 +423,7 @@ class CudaBackend:
             bulk=self.bulk,
             layout=plan.layout,
             element=_ELEMENTS[y.dtype],
+            wide_wire=wide,
             hidden=y.shape[1],
             y=y.data_ptr(),
             row_weights=pointer(row_weights),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ep.config import FP8_DTYPE
+from moe_ep.config import FP8_DTYPE, HALF_DTYPES
 from moe_ep.handle import PlacePlan, Plan
-
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def reduce_rows(
-    rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None, bias: tuple[Tensor, ...] = ()
+    rows: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None = None,
+    bias: tuple[Tensor, ...] = (),
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Sum runs of rows, accumulated in fp32 (fp64 for fp64 rows) in the order of ``index``, rounded once.
 
@@ -22,12 +25,13 @@ def reduce_rows(
         offsets: [B] where each sum begins in ``index``.
         weights: [n] factors, or None.
         bias: [B, H] tensors added before rounding.
+        dtype: of the sums; None for that of ``rows``.
 
     Returns:
-        [B, H] in the dtype of ``rows``; zeros where a run is empty.
+        [B, H] sums; zeros where a run is empty.
     """
-    dtype = rows.dtype
-    if dtype in HALF_DTYPES and (weights is not None or bias):
+    dtype = rows.dtype if dtype is None else dtype
+    if rows.dtype in HALF_DTYPES and (weights is not None or bias or dtype != rows.dtype):
         rows = rows.float()
     if index.numel():
         if weights is not None:

@@ -323,6 +323,7 @@ class TorchBackend:
         plan: Plan,
         bias: tuple[Tensor, ...] = (),
         announce: Announce | None = None,
+        wide: bool = False,
     ) -> Tensor:
         """Sum each token's rows, weighted when ``row_weights`` is given, in fp32 (fp64 for fp64 rows) and fixed order.
 
@@ -332,6 +333,7 @@ class TorchBackend:
             plan: of the dispatch.
             bias: up to two [T, H] tensors added before rounding.
             announce: begins the exchange; None when it was announced before.
+            wide: whether sums of 16-bit rows travel in fp32.
 
         Returns:
             [T, H] in y's dtype; zeros (plus bias) for tokens that no rank received.
@@ -344,17 +346,17 @@ class TorchBackend:
                 announce(None).finish()
             out = reduce_rows(y, order, send.token_offsets, weights, bias)
         else:
-            rows, index, weights = self._homeward(y, row_weights, plan)
+            rows, index, weights = self._homeward(y, row_weights, plan, wide)
             meta = None if weights is None else as_words(weights.unsqueeze(1))
             received = self._swap(rows, index, plan.recv_counts, send.send_counts, meta, announce)
             order = send.token_rows if received.index is None else received.index.index_select(0, send.token_rows)
             if row_weights is not None and received.meta is not None:
                 weights = from_words(received.meta, row_weights.dtype).squeeze(1).index_select(0, send.token_rows)
-            out = reduce_rows(received.buffer, order, send.token_offsets, weights, bias)
+            out = reduce_rows(received.buffer, order, send.token_offsets, weights, bias, y.dtype)
         return poison(out) if plan.overflowed else out
 
     def combine_grads(
-        self, grads: Tensor, weight_grads: Tensor, plan: Plan, announce: Announce
+        self, grads: Tensor, weight_grads: Tensor, plan: Plan, announce: Announce, wide: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The reversed dispatch: gradients of rows and of their weights travel home in one exchange.
 
@@ -363,16 +365,17 @@ class TorchBackend:
             weight_grads: [num_rows] or, for compact rows, [num_rows, K].
             plan: of the dispatch.
             announce: begins the exchange.
+            wide: as in :meth:`combine`.
 
         Returns:
             Gradients of x [T, H] and of topk_weights [T, K].
         """
         send = plan.send
-        rows, index, _ = self._homeward(grads, None, plan)
+        rows, index, _ = self._homeward(grads, None, plan, wide)
         meta = as_words(collect_choices(weight_grads, plan))
         received = self._swap(rows, index, plan.recv_counts, send.send_counts, meta, announce)
         index = send.token_rows if received.index is None else received.index.index_select(0, send.token_rows)
-        dx = reduce_rows(received.buffer, index, send.token_offsets)
+        dx = reduce_rows(received.buffer, index, send.token_offsets, dtype=grads.dtype)
         assert received.meta is not None
         values = from_words(received.meta, weight_grads.dtype).flatten()
         if values.numel():
@@ -389,7 +392,7 @@ class TorchBackend:
         return reduce_rows(received.buffer, send.token_rows, send.token_offsets)
 
     def _homeward(
-        self, y: Tensor, row_weights: Tensor | None, plan: Plan
+        self, y: Tensor, row_weights: Tensor | None, plan: Plan, wide: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What goes back to the sources for layout rows ``y``.
 
@@ -401,7 +404,8 @@ class TorchBackend:
         if place.back_offsets is not None:
             assert place.back_rows is not None
             weights = None if row_weights is None else row_weights.index_select(0, place.back_rows)
-            return reduce_rows(y, place.back_rows, place.back_offsets, weights), None, None
+            dtype = torch.float32 if wide else None
+            return reduce_rows(y, place.back_rows, place.back_offsets, weights, dtype=dtype), None, None
         if place.back_rows is None:
             return y[: plan.num_wire], None, None if row_weights is None else row_weights[: plan.num_wire]
         return y, place.back_rows, None if row_weights is None else row_weights.index_select(0, place.back_rows)

@@ -54,6 +54,9 @@ def make_case(seed: int, num_ranks: int) -> Case:
             settings["max_tokens_per_rank"] = max(*tokens, 1) + draw.choice((0, 9))
     if hidden % 128 == 0 and dtype != torch.float64 and draw.random() < 0.25:
         settings["wire_dtype"] = torch.float8_e4m3fn
+    # Drawn apart: what follows is as without it.
+    if layout != "compact" and dtype.itemsize == 2 and random.Random(-seed).random() < 0.3:
+        settings["combine_dtype"] = torch.float32
     return Case(settings, tokens, draw.choice(KINDS), seed, draw.random() < 0.5, draw.random() < 0.2)
 
 

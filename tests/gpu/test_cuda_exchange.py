@@ -8,6 +8,7 @@ import torch
 from moe_ep import Buffer
 from moe_ep.testing import run_ranks
 from moe_ep.testing.worker import RankContext
+from tests.checks import rounding_of_sums
 from tests.gpu.exchange_cases import make_case, run_case
 
 pytestmark = pytest.mark.gpu
@@ -40,3 +41,11 @@ def test_equals_torch_backend(num_ranks: int, bulk: bool, granted_bytes: int) ->
         pytest.skip("copies by the copy engine need a GPU since Hopper")
     first = 1000 * num_ranks + 100 * bulk + 10_000 * (granted_bytes > 0)
     run_ranks(num_ranks, compare, list(range(first, first + 32)), bulk, granted_bytes)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "slab"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_sums_may_travel_in_fp32(num_ranks: int, layout: str) -> None:
+    for out, dx in run_ranks(num_ranks, rounding_of_sums, layout, torch.bfloat16, torch.float32, "cuda"):
+        assert out <= 1.001
+        assert dx <= 1.001
