@@ -16,8 +16,8 @@ from moe_ep.testing import RankContext, make_routing
 from tests.checks import (
     Case,
     flat_rows,
-    rounding_of_sums,
     round_trip,
+    rounding_of_sums,
 )
 
 Ranks = Callable[..., list]
