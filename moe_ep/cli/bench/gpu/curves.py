@@ -7,16 +7,17 @@ import torch
 from moe_ep.backends.cuda import load_extension
 from moe_ep.backends.cuda_exchange import CudaBackend
 from moe_ep.buffer import Buffer
-from moe_ep.cli.bench.gpu.context import Context, poisoned
-from moe_ep.cli.bench.gpu.exchange import BF16, LAYOUTS, combine_of, has_sums, is_right
+from moe_ep.cli.bench.gpu.context import Context
+from moe_ep.cli.bench.gpu.exchange import BF16, LAYOUTS, combine_of, has_sums, is_right, time_captured
 from moe_ep.cli.bench.gpu.inputs import Inputs
+from moe_ep.cli.bench.gpu.timer import Captured
 
 # Words beside a row: place, id and weight of each choice.
 _WORDS_PER_CHOICE = 3
 
 
 def measure_sms(context: Context) -> None:
-    """Exact dispatch and combine at one T, by number of SMs. Collective."""
+    """Dispatch and combine at one T, by number of SMs. Collective."""
     inputs = context.inputs(context.settings.curve_tokens, "uniform")
     for num_sms in context.settings.sm_counts:
         for layout in LAYOUTS:
@@ -50,24 +51,29 @@ def granted_bytes(inputs: Inputs, laps: int) -> int:
 def _measure(
     context: Context, inputs: Inputs, layout: str, *, what: str, asked: int | None = None, buffer: Buffer | None = None
 ) -> None:
-    """One dispatch and one combine of a layout."""
-    watch = context.watch
-    dispatcher = context.dispatcher(inputs, layout, num_sms=asked, buffer=buffer)
+    """One dispatch and one combine of a layout, captured: what the host does would hide the differences."""
+    dispatcher = context.dispatcher(inputs, layout, with_capacity=True, num_sms=asked, buffer=buffer)
 
     def dispatch() -> Any:
         return dispatcher.dispatch(inputs.x, inputs.topk_idx, inputs.topk_weights)
 
-    watch.require(is_right(inputs, poisoned(dispatch), layout), f"dispatch to {layout} rows {what}")
+    dispatch()
     facts = {} if buffer is None else _memory_facts(dispatcher.buffer.backend, inputs)
+    common: dict[str, Any] = {"layout": layout, "mode": "capacity", **facts}
     floor = context.floor_of(inputs, BF16)
-    common: dict[str, Any] = {"layout": layout, "mode": "exact", **facts}
-    sms = context.num_sms(layout, asked)
-    context.add(inputs, op="dispatch", timing=watch.time(dispatch), floor=floor, num_sms=sms, **common)
+    timing = time_captured(
+        context,
+        Captured(dispatch),
+        lambda routed: is_right(inputs, routed, layout),
+        f"dispatch to {layout} rows {what}",
+    )
+    context.add(inputs, op="dispatch", timing=timing, floor=floor, num_sms=context.num_sms(layout, asked), **common)
     combine = combine_of(dispatcher, inputs, layout)
-    watch.require(has_sums(inputs, poisoned(combine), layout), f"combine of {layout} rows {what}")
+    combine()
     floor = context.floor_of(inputs, BF16, reverse=True)
-    sms = context.num_sms("combine", asked)
-    context.add(inputs, op="combine", timing=watch.time(combine), floor=floor, num_sms=sms, **common)
+    about = f"combine of {layout} rows {what}"
+    timing = time_captured(context, Captured(combine), lambda out: has_sums(inputs, out, layout), about)
+    context.add(inputs, op="combine", timing=timing, floor=floor, num_sms=context.num_sms("combine", asked), **common)
     torch.cuda.synchronize()
 
 
