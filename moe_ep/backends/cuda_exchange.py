@@ -29,7 +29,7 @@ from moe_ep.plan import rows_of_factor
 _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 _CASTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 # Blocks that send and blocks that place or reduce, by what is placed, until a number of SMs is given.
-_DEFAULT_SPLIT = {"compact": (8, 8), "expanded": (8, 16), "slab": (8, 16), "combine": (12, 12)}
+_DEFAULT_SPLIT = {"compact": (8, 16), "expanded": (8, 16), "slab": (8, 16), "combine": (16, 8)}
 _HOPPER = (9, 0)
 
 

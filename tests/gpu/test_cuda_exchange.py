@@ -9,7 +9,7 @@ from moe_ep import Buffer
 from moe_ep.testing import run_ranks
 from moe_ep.testing.worker import RankContext
 from tests.checks import rounding_of_sums
-from tests.gpu.exchange_cases import make_case, run_case
+from tests.gpu.exchange_cases import Case, make_case, run_case
 
 pytestmark = pytest.mark.gpu
 
@@ -18,13 +18,16 @@ SMALL_GRANT = 64 * 16384
 
 
 def compare(ctx: RankContext, seeds: list[int], bulk: bool, granted_bytes: int) -> None:
+    compare_cases(ctx, [make_case(seed, ctx.world_size) for seed in seeds], bulk, granted_bytes)
+
+
+def compare_cases(ctx: RankContext, cases: list[Case], bulk: bool, granted_bytes: int) -> None:
     torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
     oracle = Buffer(ctx.group, backend="torch", timeout_s=20)
     buffer = Buffer(ctx.group, granted_bytes * ctx.world_size, backend="cuda", timeout_s=20)
     assert buffer.backend_name == "cuda"
     buffer.backend.bulk = bulk
-    for seed in seeds:
-        case = make_case(seed, ctx.world_size)
+    for case in cases:
         expected = run_case(ctx.group, ctx.rank, "cpu", oracle, case)
         got = run_case(ctx.group, ctx.rank, "cuda", buffer, case)
         assert expected.keys() == got.keys(), (case, expected, got)
