@@ -157,8 +157,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--granted-bytes", type=int, default=0, help="rings of one rank; small ones need several laps")
+    parser.add_argument("--alone", action="store_true", help="without NCCL beside, which checkers take long for")
     options = parser.parse_args()
-    start, beside_nccl = time.monotonic(), 1 < options.ranks <= torch.cuda.device_count()
+    beside_nccl = not options.alone and 1 < options.ranks <= torch.cuda.device_count()
+    start = time.monotonic()
     arguments = (options.seed, options.exchanges, options.granted_bytes, beside_nccl, 0)
     done = run_ranks(options.ranks, stress, *arguments, timeout=600.0)
     told = {**vars(options), "done": done[0], "beside_nccl": beside_nccl, "mismatches": 0}
