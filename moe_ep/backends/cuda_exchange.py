@@ -28,8 +28,10 @@ from moe_ep.plan import rows_of_factor
 
 _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 _CASTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-# Blocks that send and blocks that place or reduce, by what is placed, until a number of SMs is given.
-_DEFAULT_SPLIT = {"compact": (8, 16), "expanded": (8, 16), "slab": (8, 16), "combine": (16, 8)}
+# How many of 24 blocks send; the others place or reduce.
+_SENDERS_OF_24 = {"compact": 8, "expanded": 8, "slab": 8, "combine": 16, "combine compact": 16}
+# SMs until a number is given: where the measured curve of two H100s begins to flatten (benchmarks/NOTES.md).
+_DEFAULT_SMS = {"compact": 24, "expanded": 32, "slab": 32, "combine": 32, "combine compact": 24}
 _HOPPER = (9, 0)
 
 
@@ -120,13 +122,11 @@ class CudaBackend:
         return self.control.open(Call("reserve"), torch.tensor(sizes, device="cpu")).amax(0).tolist()
 
     def _split(self, what: str, num_sms: int | None) -> tuple[int, int]:
-        """Blocks of the two roles of a kernel."""
-        senders, others = _DEFAULT_SPLIT[what]
-        if num_sms is not None:
-            # Blocks wait for each other, so all of them have to be resident.
-            num_sms = min(num_sms, self.link.num_sms)
-            senders = max(num_sms * senders // (senders + others), 1)
-            others = max(num_sms - senders, 1)
+        """Blocks of the two roles of a kernel, by the layout that a dispatch places, or what a combine reads."""
+        # Blocks wait for each other, so all of them have to be resident.
+        num_sms = min(num_sms or _DEFAULT_SMS[what], self.link.num_sms)
+        senders = max(num_sms * _SENDERS_OF_24[what] // 24, 1)
+        others = max(num_sms - senders, 1)
         return (0, senders + others) if self.control.size == 1 else (senders, others)
 
     # Dispatch
@@ -406,7 +406,7 @@ class CudaBackend:
             value_words = values.itemsize // WORD_BYTES
         self.link.follow(current)
         self.link.channel.open(header, self.link.queue)
-        senders, reducers = self._split("combine", num_sms)
+        senders, reducers = self._split("combine compact" if plan.is_compact else "combine", num_sms)
         self.link.channel.combine(
             row_bytes=y.shape[1] * (WORD_BYTES if wide else y.itemsize),
             meta_words=top_k * value_words,

@@ -310,7 +310,7 @@ def test_hidden_share():
 
 def many_rows(traffic):
     rows = [gpu_row(traffic, tokens=tokens, op=op) for tokens in (1, 128, 4096) for op in ("dispatch", "combine")]
-    rows += [gpu_row(traffic, tokens=4096, num_sms=num_sms) for num_sms in (4, 8, 64)]
+    rows += [gpu_row(traffic, tokens=4096, num_sms=num_sms, mode="capacity") for num_sms in (4, 8, 16, 64)]
     rows.append(gpu_row(traffic, mode="capacity", dtype=FP8_DTYPE, host_us=12.5, arena_bytes=2**30))
     rows.append(gpu_row(traffic, backend="nccl_all_to_all", num_sms=None, floor=None, nccl_us=None))
     rows.append(gpu_row(traffic, laps=4, tokens=4096))

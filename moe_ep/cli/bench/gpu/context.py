@@ -107,8 +107,9 @@ class Context:
         row_bytes = row_bytes_of(dtype, inputs.case.shape.hidden)
         return self.floor.time(inputs.traffic.pushed_bytes(row_bytes, reverse=reverse))
 
-    def num_sms(self, what: str, asked: int | None = None) -> int:
-        """SMs of an exchange: ``what`` is a layout, or ``combine``."""
+    def num_sms(self, op: str, layout: str, asked: int | None = None) -> int:
+        """SMs of a dispatch to a layout, or of a combine from it."""
+        what = layout if op == "dispatch" else "combine compact" if layout == "compact" else "combine"
         return sum(self.buffer.backend._split(what, asked))
 
     def add(self, inputs: Inputs, *, timing: Timing, floor: Timing | None = None, **facts: Any) -> None:

@@ -67,13 +67,17 @@ def _measure(
         lambda routed: is_right(inputs, routed, layout),
         f"dispatch to {layout} rows {what}",
     )
-    context.add(inputs, op="dispatch", timing=timing, floor=floor, num_sms=context.num_sms(layout, asked), **common)
+    context.add(
+        inputs, op="dispatch", timing=timing, floor=floor, num_sms=context.num_sms("dispatch", layout, asked), **common
+    )
     combine = combine_of(dispatcher, inputs, layout)
     combine()
     floor = context.floor_of(inputs, BF16, reverse=True)
     about = f"combine of {layout} rows {what}"
     timing = time_captured(context, Captured(combine), lambda out: has_sums(inputs, out, layout), about)
-    context.add(inputs, op="combine", timing=timing, floor=floor, num_sms=context.num_sms("combine", asked), **common)
+    context.add(
+        inputs, op="combine", timing=timing, floor=floor, num_sms=context.num_sms("combine", layout, asked), **common
+    )
     torch.cuda.synchronize()
 
 

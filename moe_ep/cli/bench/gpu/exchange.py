@@ -30,7 +30,7 @@ def measure_dispatch(context: Context, inputs: Inputs, layout: str, dtype: torch
     watch, rows = context.watch, inputs.x if dtype == BF16 else inputs.fp8
     floor = context.floor_of(inputs, dtype)
     common: dict[str, Any] = {"op": "dispatch", "layout": layout, "dtype": dtype, "floor": floor}
-    common |= {"num_sms": context.num_sms(layout)}
+    common |= {"num_sms": context.num_sms("dispatch", layout)}
     facts: dict[str, Any]
 
     def dispatch(dispatcher: TokenDispatcher) -> Dispatched:
@@ -63,8 +63,8 @@ def measure_dispatch(context: Context, inputs: Inputs, layout: str, dtype: torch
 def measure_combine(context: Context, inputs: Inputs, layout: str, nccl: NcclTimes) -> None:
     """A combine, eager and in a graph: of compact rows the sum, of expanded ones the weighted sum."""
     watch = context.watch
-    floor = context.floor_of(inputs, BF16, reverse=True)
-    common: dict[str, Any] = {"op": "combine", "layout": layout, "floor": floor, "num_sms": context.num_sms("combine")}
+    floor, sms = context.floor_of(inputs, BF16, reverse=True), context.num_sms("combine", layout)
+    common: dict[str, Any] = {"op": "combine", "layout": layout, "floor": floor, "num_sms": sms}
 
     exact = context.dispatcher(inputs, layout)
     call = combine_of(exact, inputs, layout)

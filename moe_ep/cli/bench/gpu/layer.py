@@ -46,7 +46,7 @@ def measure_layer(context: Context) -> None:
             layout="expanded",
             mode="exact",
             timing=timing,
-            num_sms=max(context.num_sms("expanded"), context.num_sms("combine")),
+            num_sms=max(context.num_sms(op, "expanded") for op in ("dispatch", "combine")),
             num_chunks=num_chunks,
             exchange_us=exchange_us,
             compute_us=compute.max_us,

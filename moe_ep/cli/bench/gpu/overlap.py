@@ -25,7 +25,7 @@ def measure_overlap(context: Context) -> None:
     alone = watch.time(gemm)
     for layout in LAYOUTS:
         for with_capacity in (False, True):
-            for budget in (None, context.num_sms(layout)):
+            for budget in (None, context.num_sms("dispatch", layout)):
                 dispatcher = context.dispatcher(inputs, layout, with_capacity=with_capacity, sm_budget=budget)
                 mode = "capacity" if with_capacity else "exact"
                 common: dict[str, Any] = {"layout": layout, "mode": mode, "sm_budget": budget}
@@ -77,7 +77,7 @@ def _measure(
     alone: Timing,
     common: dict[str, Any],
 ) -> None:
-    watch, what_moves = context.watch, "combine" if pending.op == "combine" else common["layout"]
+    watch = context.watch
 
     def both() -> Any:
         launched = pending.launch()
@@ -92,7 +92,7 @@ def _measure(
         inputs,
         op=f"{pending.op}_beside_gemm",
         timing=together,
-        num_sms=context.num_sms(what_moves),
+        num_sms=context.num_sms(pending.op, common["layout"]),
         exchange_us=exchange.max_us,
         compute_us=alone.max_us,
         hidden_share=hidden_share(together.max_us, alone.max_us, exchange.max_us),

@@ -82,15 +82,16 @@ def sweep_rows(rows: Sequence[Row], op: str) -> list[Row]:
 
 
 def curve_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the SM curve: exact ones of the T that was measured on the most numbers of SMs."""
+    """Rows of the SM curve: those in a graph, of the T that was measured on the most numbers of SMs."""
     found = [
         row
         for row in rows
-        if row["mode"] == "exact"
+        if row["mode"] == "capacity"
         and row["op"] in ("dispatch", "combine")
         and row["dtype"] == "bfloat16"
         and row["routing"] == "uniform"
         and row["num_sms"]
+        and row["backend"] == "cuda"
         and "laps" not in row
     ]
     counts = {tokens: len({row["num_sms"] for row in found if row["tokens"] == tokens}) for tokens in _tokens(found)}
