@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 CHECK_LIMIT = 1e-4
+# On GPUs sums have other orders in the two runs, and 30 steps make of rounding what fp32 and fp64 differ by: 0.02 nats.
+GPU_CHECK_LIMIT = 0.1
+GPU_CHECK_STEPS = 10
 CHECK_STEPS = 30
 CHECKPOINT_NAME = "checkpoint.safetensors"
 DEFAULT_STEPS = 300

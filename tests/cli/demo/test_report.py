@@ -50,16 +50,23 @@ def test_imbalance_is_one_when_even():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "steps", "difference", "verdict"),
+    ("device", "dtype", "steps", "difference", "verdict"),
     [
-        ("float32", 30, 9e-5, True),
-        ("float32", 30, 1e-4, False),
-        ("float32", 31, 1.0, None),
-        ("bfloat16", 30, 1.0, None),
+        ("cpu", "float32", 30, 9e-5, True),
+        ("cpu", "float32", 30, 1e-4, False),
+        ("cpu", "float32", 31, 1.0, None),
+        ("cpu", "bfloat16", 30, 1.0, None),
+        ("cuda", "float32", 10, 1e-4, False),
+        ("cuda", "float32", 30, 0.09, True),
+        ("cuda", "float32", 30, 0.1, False),
+        ("cuda", "float64", 30, 1e-4, False),
+        ("cuda", "bfloat16", 10, 0.09, True),
+        ("cuda", "bfloat16", 30, 0.1, False),
+        ("cuda", "bfloat16", 31, 1.0, None),
     ],
 )
-def test_verdict_of_the_check(dtype, steps, difference, verdict):
-    options = DemoOptions(model=replace(MODEL, dtype=dtype), check=steps)
+def test_verdict_of_the_check(device, dtype, steps, difference, verdict):
+    options = DemoOptions(model=replace(MODEL, dtype=dtype), check=steps, device=device)
     assert check_passed(options, difference) is verdict
 
 
