@@ -21,6 +21,8 @@ ACQUIRE = re.compile(r"\bld\.acquire\.sys\b")
 FENCE = re.compile(r"\bfence\.proxy\.async\.global\b")
 BULK = re.compile(r"\bcp\.async\.bulk\.(shared|global)")
 BRANCH = re.compile(r"^(@\S+\s+)?bra(\.uni)?\s+([\w$]+);")
+# Nanoseconds, see csrc/device/faults.cuh.
+FAULT_DELAY = re.compile(r"\b(50000|49999)\b")
 CALL = re.compile(r"\bcall(\.uni)?\b")
 
 NVCC = find_nvcc(os.environ)
@@ -68,23 +70,28 @@ def unfenced(lines: list[str], acquirers: set[str]) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="module", params=KERNELS)
-def functions(request: pytest.FixtureRequest) -> dict[str, list[str]]:
+def compile_to_ptx(kernel: str, *flags: str) -> str:
     assert NVCC is not None
-    source = ROOT / "csrc" / "kernels" / f"{request.param}.cu"
+    source = ROOT / "csrc" / "kernels" / f"{kernel}.cu"
     command = [
         NVCC.path,
         "-std=c++20",
         "-O3",
         "-arch=compute_90a",
         f"-I{ROOT / 'csrc'}",
+        *flags,
         "-ptx",
         "-o",
         "-",
         str(source),
     ]
     done = subprocess.run([*command, *nvcc_host_compiler(os.environ)], check=True, capture_output=True, text=True)
-    return functions_of(done.stdout)
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def functions(request: pytest.FixtureRequest) -> dict[str, list[str]]:
+    return functions_of(compile_to_ptx(request.param))
 
 
 def acquiring(functions: dict[str, list[str]]) -> set[str]:
@@ -109,3 +116,11 @@ def test_a_missing_fence_is_found(functions: dict[str, list[str]]) -> None:
         for index in fences:
             planted = functions[name][:index] + functions[name][index + 1 :]
             assert unfenced(planted, acquiring(functions)), (name, index)
+
+
+@pytest.mark.parametrize("kernel", ["dispatch", "combine"])
+def test_planted_faults_are_in_builds_of_their_own(kernel: str) -> None:
+    """The delay that widens them tells whether they are there."""
+    planted = compile_to_ptx(kernel, "-DMOE_EP_PLANTED_FAULTS")
+    assert FAULT_DELAY.search(planted)
+    assert not FAULT_DELAY.search(compile_to_ptx(kernel))
