@@ -24,6 +24,7 @@ from moe_ep.backends.torch import TorchBackend
 from moe_ep.backends.worker import CommunicationThread, release, run_in_mode, run_without_grad
 from moe_ep.buffer_cuda import CudaCalls
 from moe_ep.buffer_internode import InternodeCalls
+from moe_ep.buffer_low_latency import LowLatencyCalls, refuse_low_latency
 from moe_ep.config import Config, record_bytes
 from moe_ep.errors import MoeEpError, NotBuiltError
 from moe_ep.events import Done, EventHandle, EventOverlap, Job
@@ -37,7 +38,7 @@ _LEAST_ROWS_PER_SOURCE = 64
 Result = TypeVar("Result")
 
 
-class Buffer(InternodeCalls):
+class Buffer(InternodeCalls, LowLatencyCalls):
     """Exchanges rows among the ranks of a group.
 
     Constructing one is collective. Exchanges of one Buffer are serial and must be issued in the same order on all
@@ -195,10 +196,7 @@ class Buffer(InternodeCalls):
         if backend == "cuda":
             require_cuda()
         if self.low_latency_mode:
-            raise NotBuiltError(
-                "low_latency_mode=True needs the low-latency family, which this version does not have: leave it False "
-                "and use dispatch and combine, or TokenDispatcher, for decoding as well"
-            )
+            refuse_low_latency("low_latency_mode=True")
         for name in ("num_nvl_bytes", "num_rdma_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 reserves at first use")

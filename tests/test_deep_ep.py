@@ -1,6 +1,7 @@
 """The module that stands in for deep_ep, as a program that knows only that name uses it."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import moe_ep
 from moe_ep.errors import StaleHandleError
 from moe_ep.integrations import deep_ep as ours
 from moe_ep.testing import RankContext, make_routing
-from tests.test_readme import run_first_example
+from tests.test_readme import ROOT, run_first_example
 
 Ranks = Callable[..., list]
 
@@ -161,3 +162,20 @@ def test_page(tmp_path: Path) -> None:
     received = [int(count) for count in re.findall(r"rank [01]: (\d+) choices received, True", output)]
     assert len(received) == 2
     assert sum(received) == 10
+
+
+def run_example(num_ranks: int) -> list[float]:
+    """First and last loss of the example."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command += [str(ROOT / "examples/deep_ep_moe.py"), "--steps", "7", "--backend", "torch"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", done.stdout)]
+
+
+def test_example() -> None:
+    alone, spread = run_example(1), run_example(2)
+    assert alone[1] < 0.6 * alone[0]
+    # Printed with six digits, of sums in other orders. Halved gradients of experts alone move the last by 3e-5.
+    assert spread == pytest.approx(alone, abs=5e-6)

@@ -303,6 +303,14 @@ def test_a_capacity_factor_keeps_the_tokens_of_the_first_exchange(ranks: Ranks) 
         assert "max_tokens_per_rank" in text
 
 
-def test_low_latency_mode_is_refused() -> None:
-    with pytest.raises(moe_ep.errors.NotBuiltError, match="low-latency"):
+def test_the_low_latency_family_is_refused_by_name() -> None:
+    with pytest.raises(moe_ep.errors.NotBuiltError, match="low_latency_mode=True needs the low-latency family"):
         moe_ep.Buffer(None, low_latency_mode=True)
+    with pytest.raises(moe_ep.errors.NotBuiltError, match="get_low_latency_rdma_size_hint needs"):
+        moe_ep.Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256)
+    buffer = moe_ep.Buffer(None, backend="torch")
+    names = ("clean_low_latency_buffer", "low_latency_dispatch", "low_latency_combine")
+    names += ("get_next_low_latency_combine_buffer", "low_latency_update_mask_buffer")
+    for name in (*names, "low_latency_query_mask_buffer", "low_latency_clean_mask_buffer"):
+        with pytest.raises(moe_ep.errors.NotBuiltError, match=f"{name} needs.*TokenDispatcher with a capacity"):
+            getattr(buffer, name)(None, None)
