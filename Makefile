@@ -33,7 +33,7 @@ FW_PIP := $(FW_PYTHON) -m pip --disable-pip-version-check install -q
 FW_STAMP := $(FW_VENV)/stamps/frameworks-$(call key,$(PYTHON) $(TORCH_SPEC) $(USE_SYSTEM_TORCH))
 FRAMEWORKS ?= $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard tests/frameworks/*/test_*.py)))))
 # What the frameworks compile and cache goes with the venv; nothing is fetched while tests run.
-FW_RUN := PATH="$(CURDIR)/$(FW_VENV)/bin:$$PATH" PYTHONPATH=$(CURDIR) DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 \
+FW_RUN := CUDA_VISIBLE_DEVICES= PATH="$(CURDIR)/$(FW_VENV)/bin:$$PATH" PYTHONPATH=$(CURDIR) DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 \
   HF_HOME=$(CURDIR)/$(FW_VENV)/huggingface TORCH_EXTENSIONS_DIR=$(CURDIR)/$(FW_VENV)/torch_extensions
 
 # The demo trains on the CPU where there is no GPU, so it compiles no CUDA there; what `make test` has built is used.

@@ -56,6 +56,8 @@ CHANGES = {
     },
     "shared experts": {"moe_shared_expert_intermediate_size": 24, "moe_shared_expert_overlap": True},
     "recomputed": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "recomputed with attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
+    "recomputed whole": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "drop": {"moe_expert_capacity_factor": 1.0},
 }
 
@@ -83,7 +85,7 @@ def test_losses_with_tensor_parallelism(ranks: Ranks, etp: int) -> None:
 
 
 @on_cpu
-def patched_model(ctx: RankContext, wrapped: bool) -> None:
+def patched_model(ctx: RankContext, when: str) -> None:
     """``patch_model`` on a model that is built gives what the spec gives, and is told by the losses."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -94,10 +96,9 @@ def patched_model(ctx: RankContext, wrapped: bool) -> None:
     with layout(ep=2):
         expected, _ = train("native", config)
 
-        def build(dispatcher: str, *args: object, **kwargs: object) -> torch.nn.Module:
-            model = make_gpt("native", *args, **kwargs)
+        def patch(model: torch.nn.Module) -> torch.nn.Module:
             before = list(model.state_dict())
-            assert patch_model([torch.nn.Sequential(model)] if wrapped else model) == 2
+            assert patch_model([torch.nn.Sequential(model)] if when == "in a list" else model) == 2
             assert patch_model(model) == 2
             layers = [module for module in model.modules() if isinstance(module, MoELayer)]
             assert all(isinstance(layer.token_dispatcher, EPTokenDispatcher) for layer in layers)
@@ -105,11 +106,20 @@ def patched_model(ctx: RankContext, wrapped: bool) -> None:
             assert list(model.state_dict()) == before
             return model
 
-        with mock.patch.object(training, "make_gpt", build):
+        def build(dispatcher: str, *args: object, **kwargs: object) -> torch.nn.Module:
+            model = make_gpt("native", *args, **kwargs)
+            return model if when == "after DDP" else patch(model)
+
+        def wrap(model: torch.nn.Module) -> tuple:
+            ddp, optimizer = wrap_unpatched(model)
+            return (patch(ddp) if when == "after DDP" else ddp), optimizer
+
+        wrap_unpatched = training.wrap
+        with mock.patch.object(training, "make_gpt", build), mock.patch.object(training, "wrap", wrap):
             losses, _ = train("patched", config)
     assert losses == pytest.approx(expected, rel=LOSS_BOUND, abs=0)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_patched_models(ranks: Ranks, wrapped: bool) -> None:
-    ranks(2, patched_model, wrapped)
+@pytest.mark.parametrize("when", ["before DDP", "in a list", "after DDP"])
+def test_patched_models(ranks: Ranks, when: str) -> None:
+    ranks(2, patched_model, when)
