@@ -25,7 +25,7 @@ from moe_ep.backends.worker import CommunicationThread, release, run_in_mode, ru
 from moe_ep.buffer_cuda import CudaCalls
 from moe_ep.buffer_internode import InternodeCalls
 from moe_ep.buffer_low_latency import LowLatencyCalls, refuse_low_latency
-from moe_ep.config import Config, record_bytes
+from moe_ep.config import Config, check_int, record_bytes
 from moe_ep.errors import MoeEpError, NotBuiltError
 from moe_ep.events import Done, EventHandle, EventOverlap, Job
 
@@ -198,9 +198,11 @@ class Buffer(InternodeCalls, LowLatencyCalls):
         if self.low_latency_mode:
             refuse_low_latency("low_latency_mode=True")
         for name in ("num_nvl_bytes", "num_rdma_bytes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 reserves at first use")
-        if self.ranks_per_node <= 0 or self.group_size % self.ranks_per_node:
+            check_int(name, getattr(self, name), 0, "0 to reserve at first use")
+        if self.max_tokens_per_rank is not None:
+            check_int("max_tokens_per_rank", self.max_tokens_per_rank, 1, "or None")
+        check_int("ranks_per_node", self.ranks_per_node, 1)
+        if self.group_size % self.ranks_per_node:
             raise ValueError(
                 f"ranks_per_node={self.ranks_per_node} must divide the {self.group_size} ranks of the group"
             )

@@ -31,7 +31,6 @@ from moe_ep.errors import StaleHandleError
 from moe_ep.events import EventOverlap
 from moe_ep.handle import BufferHandle, CudaPlan, Plan
 from moe_ep.plan import count_choices, tokens_in_rank
-from moe_ep.validate import check_ids
 
 
 class BufferCalls(TorchCalls):
@@ -64,15 +63,17 @@ class BufferCalls(TorchCalls):
             num_tokens_per_rank int32 [R]; num_tokens_per_rdma_rank int32 [nodes] or None on one node;
             num_tokens_per_expert int32 [E]; is_token_in_rank bool [T, R]; event. A token counts once per rank.
 
+        Ids outside -1 .. E - 1 count as no choice here: :meth:`dispatch` refuses them, and tells the peers.
+
         Raises:
-            ValueError: for a wrong dtype, shape or id.
+            ValueError: for a wrong dtype, shape or number of experts, on this rank alone.
         """
         check_events(previous_event, async_finish, allocate_on_comm_stream)
         topk_idx = check_layout(topk_idx, num_experts, self.group_size)
         if self._cuda is not None:
             return self._cuda.layout(topk_idx, num_experts, Order(previous_event, async_finish))
         _wait(previous_event)
-        check_ids(topk_idx, num_experts)
+        topk_idx = torch.where((topk_idx >= 0) & (topk_idx < num_experts), topk_idx, -1)
         in_rank = tokens_in_rank(topk_idx, num_experts, self.group_size)
         nodes = self.group_size // self.ranks_per_node
         per_node = None

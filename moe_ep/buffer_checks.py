@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from moe_ep.config import FP8_DTYPE, Capacity, ExchangeSpec, check_limits
+from moe_ep.config import FP8_DTYPE, Capacity, ExchangeSpec, check_int, check_limits
 from moe_ep.errors import CapacityError, StaleHandleError
 from moe_ep.events import EventOverlap
 from moe_ep.handle import BufferHandle, CudaPlan, Overflow, Plan
@@ -76,15 +76,13 @@ def check_request(
     check_limits(per_expert.numel(), 1, ("num_tokens_per_expert.numel()", ""))
     if check_values and not torch.equal(in_rank.sum(0).cpu(), per_rank.cpu().to(torch.int64)):
         raise ValueError("num_tokens_per_rank differs from the column sums of is_token_in_rank: pass one layout's")
+    check_int("num_worst_tokens", num_worst_tokens, 0, "0 for as many rows as come")
+    check_int("expert_alignment", expert_alignment, 1)
     if topk_idx is None and (topk_weights is not None or num_worst_tokens > 0):
         raise ValueError("topk_weights and num_worst_tokens need topk_idx: pass it as well")
     if topk_idx is not None:
         topk_idx = check_tensor("topk_idx", topk_idx, shape=(rows.shape[0], None))
         check_limits(1, topk_idx.shape[1], ("", "topk_idx.shape[1]"))
-    if num_worst_tokens < 0:
-        raise ValueError(f"num_worst_tokens={num_worst_tokens} must not be negative")
-    if expert_alignment <= 0:
-        raise ValueError(f"expert_alignment={expert_alignment} must be positive")
     spec = ExchangeSpec(
         num_experts=per_expert.numel(),
         hidden_size=rows.shape[1],
@@ -128,7 +126,8 @@ def check_combine(x: Tensor, plan: Plan | CudaPlan, topk_weights: Tensor | None,
 def check_layout(topk_idx: object, num_experts: int, num_ranks: int) -> Tensor:
     """Check what a layout is asked for, except the ids; see ``Buffer.get_dispatch_layout``."""
     ids = check_tensor("topk_idx", topk_idx, shape=(None, None), dtypes=(torch.int64,))
-    if num_experts <= 0 or num_experts % num_ranks:
+    check_int("num_experts", num_experts, 1)
+    if num_experts % num_ranks:
         raise ValueError(f"num_experts={num_experts} must be divisible by the {num_ranks} ranks of the group")
     check_limits(num_experts, ids.shape[1], ("num_experts", "topk_idx.shape[1]"))
     return ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import zlib
 
 import torch
@@ -25,6 +26,20 @@ MAX_NUM_EXPERTS = 4096
 LAYOUTS = ("expanded", "compact", "slab")
 WEIGHT_PLACES = ("combine", "experts")
 OVERFLOW_POLICIES = ("raise", "drop")
+
+
+def check_int(name: str, value: object, least: int, remedy: str = "") -> None:
+    """Raise ValueError unless a value is an integer of at least ``least``; ``remedy`` says what else may be given."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}{remedy and ', ' + remedy}")
+
+
+def check_num_sms(num_sms: object) -> None:
+    """Raise ValueError unless SMs come in pairs, or are left open."""
+    if num_sms is None:
+        return
+    if not isinstance(num_sms, numbers.Integral) or isinstance(num_sms, bool) or num_sms <= 0 or num_sms % 2:
+        raise ValueError(f"num_sms={num_sms!r} must be positive and even, or None for the measured default")
 
 
 class Config:
@@ -53,8 +68,7 @@ class Config:
         num_max_rdma_chunked_send_tokens: int = 6,
         num_max_rdma_chunked_recv_tokens: int = 256,
     ) -> None:
-        if num_sms is not None and (num_sms <= 0 or num_sms % 2):
-            raise ValueError(f"num_sms={num_sms} must be positive and even, or None for the measured default")
+        check_num_sms(num_sms)
         chunks = {
             "num_max_nvl_chunked_send_tokens": num_max_nvl_chunked_send_tokens,
             "num_max_nvl_chunked_recv_tokens": num_max_nvl_chunked_recv_tokens,
@@ -62,8 +76,7 @@ class Config:
             "num_max_rdma_chunked_recv_tokens": num_max_rdma_chunked_recv_tokens,
         }
         for name, value in chunks.items():
-            if value <= 0:
-                raise ValueError(f"{name}={value} must be positive: give a number of rows")
+            check_int(name, value, 1, "a number of rows")
         if num_max_nvl_chunked_send_tokens >= num_max_nvl_chunked_recv_tokens:
             raise ValueError(
                 f"num_max_nvl_chunked_send_tokens={num_max_nvl_chunked_send_tokens} must be smaller than "
@@ -252,8 +265,7 @@ def check_limits(num_experts: int, top_k: int, names: tuple[str, str] = ("num_ex
 def _check_sizes(spec: ExchangeSpec) -> None:
     for name in ("num_experts", "hidden_size", "top_k", "alignment"):
         value = getattr(spec, name)
-        if not isinstance(value, int) or value <= 0:
-            raise ValueError(f"{name}={value!r} must be a positive integer")
+        check_int(name, value, 1)
     if spec.num_experts % spec.num_ranks:
         lower = spec.num_experts - spec.num_experts % spec.num_ranks
         raise ValueError(
@@ -265,8 +277,8 @@ def _check_sizes(spec: ExchangeSpec) -> None:
         raise ValueError(
             f"top_k={spec.top_k} must be at most num_experts={spec.num_experts}: a token chooses an expert once"
         )
-    if spec.max_tokens_per_rank is not None and spec.max_tokens_per_rank <= 0:
-        raise ValueError(f"max_tokens_per_rank={spec.max_tokens_per_rank} must be positive, or None")
+    if spec.max_tokens_per_rank is not None:
+        check_int("max_tokens_per_rank", spec.max_tokens_per_rank, 1, "or None")
 
 
 def _check_choices(spec: ExchangeSpec) -> None:

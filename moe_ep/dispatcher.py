@@ -159,6 +159,8 @@ class TokenDispatcher(nn.Module):
     def _attach(self, group: dist.ProcessGroup | DeviceMesh | None, buffer: Buffer | None) -> None:
         if buffer is None:
             buffer = Buffer.for_group(group, timeout_s=self.timeout_s, backend=self._backend)
+        elif not isinstance(buffer, Buffer):
+            raise ValueError(f"buffer is {type(buffer).__name__}; pass a moe_ep.Buffer of this group, or leave it out")
         elif buffer.group is not resolve_group(group):
             raise ValueError("buffer belongs to another group: pass Buffer.for_group(group), or leave it out")
         spec = self._spec(buffer.group_size)

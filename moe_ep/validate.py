@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ep.config import FP8_DTYPE, FP8_GROUP, ROW_DTYPES, ExchangeSpec, check_row_bytes
+from moe_ep.config import FP8_DTYPE, FP8_GROUP, ROW_DTYPES, ExchangeSpec, check_num_sms, check_row_bytes
 from moe_ep.errors import StaleHandleError
 from moe_ep.handle import CudaPlan, Plan
 
@@ -208,12 +208,13 @@ def check_row_weights(weights: object, plan: Plan | CudaPlan, spec: ExchangeSpec
 def check_dispatcher(spec: ExchangeSpec, expert_map: Tensor | None, num_sms: int | None) -> None:
     """Check the settings of a dispatcher."""
     spec.check()
-    if num_sms is not None and (num_sms <= 0 or num_sms % 2):
-        raise ValueError(f"num_sms={num_sms} must be positive and even, or None for the measured default")
+    check_num_sms(num_sms)
     if expert_map is None:
         return
     if not isinstance(expert_map, Tensor) or expert_map.dtype != torch.int32 or expert_map.dim() != 2:
         raise ValueError("expert_map must be an int32 tensor [E_logical, max_replicas]")
+    if not expert_map.numel():
+        raise ValueError(f"expert_map has shape {list(expert_map.shape)}: give at least one expert and one replica")
     if int(expert_map.max()) >= spec.num_experts or int(expert_map.min()) < -1:
         raise ValueError(f"expert_map has ids up to {int(expert_map.max())}; physical ids are below {spec.num_experts}")
     if bool((expert_map[:, 0] < 0).any()):

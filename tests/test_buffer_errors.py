@@ -269,6 +269,68 @@ def test_layouts_of_too_many_experts_or_choices_are_refused() -> None:
     assert buffer.get_dispatch_layout(torch.arange(64).unsqueeze(0), 4096)[0].tolist() == [1]
 
 
+def choose_badly(ctx: RankContext) -> str:
+    """One rank's router names an expert that is not there, and asks for the layout of that, as programs do."""
+    buffer = Buffer(ctx.new_group(), timeout_s=20)
+    case = make_case(2, tokens=(4, 4))
+    topk_idx, topk_weights = case.routing(ctx.rank)
+    if ctx.rank == 1:
+        topk_idx[2, 0] = case.num_experts
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, case.num_experts)
+    try:
+        buffer.dispatch(
+            case.x(ctx.rank),
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+        )
+    except (ValueError, MoeEpError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def test_ids_that_one_rank_has_wrong_end_all(ranks: Ranks) -> None:
+    first, second = ranks(2, choose_badly)
+    assert second.startswith("ValueError: topk_idx")
+    assert first.startswith("PeerAbortedError: rank 1 raised instead")
+    assert second in first
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"num_nvl_bytes": "x"}, "num_nvl_bytes='x' must be an integer of at least 0, 0 to reserve"),
+        ({"num_rdma_bytes": -1}, "num_rdma_bytes=-1 must be an integer of at least 0"),
+        ({"max_tokens_per_rank": -3}, "max_tokens_per_rank=-3 must be an integer of at least 1, or None"),
+        ({"ranks_per_node": 0.5}, r"ranks_per_node=0\.5 must be an integer of at least 1"),
+    ],
+    ids=str,
+)
+def test_sizes_are_integers(settings: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Buffer(None, **settings)
+
+
+def test_numbers_of_calls_are_integers() -> None:
+    buffer, topk_idx = Buffer(None), torch.zeros(2, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"num_experts=2\.0 must be an integer"):
+        buffer.get_dispatch_layout(topk_idx, 2.0)
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 2)
+    for name, value in (("num_worst_tokens", "4"), ("expert_alignment", 1.5), ("num_worst_tokens", -1)):
+        with pytest.raises(ValueError, match=f"{name}={value!r} must be an integer"):
+            buffer.dispatch(
+                torch.ones(2, 8),
+                num_tokens_per_rank=per_rank,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+                topk_idx=topk_idx,
+                topk_weights=torch.ones(2, 1),
+                **{name: value},
+            )
+
+
 def reserve_badly(ctx: RankContext, sizes: tuple) -> Exception | None:
     buffer = Buffer(ctx.new_group(), timeout_s=20)
     caught: Exception | None = None

@@ -303,6 +303,22 @@ def test_a_capacity_factor_keeps_the_tokens_of_the_first_exchange(ranks: Ranks) 
         assert "max_tokens_per_rank" in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"max_tokens_per_rank": "8"}, "max_tokens_per_rank='8' must be an integer of at least 1, or None"),
+        ({"max_tokens_per_rank": 1.5}, r"max_tokens_per_rank=1\.5 must be an integer"),
+        ({"num_experts": True}, "num_experts=True must be an integer"),
+        ({"expert_map": torch.zeros(0, 2, dtype=torch.int32)}, r"expert_map has shape \[0, 2\]: give at least one"),
+        ({"buffer": "b"}, "buffer is str"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_kind_are_named(settings: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        TokenDispatcher(None, **{"num_experts": 4, "hidden_size": 8, "top_k": 2, **settings})
+
+
 def test_the_low_latency_family_is_refused_by_name() -> None:
     with pytest.raises(moe_ep.errors.NotBuiltError, match="low_latency_mode=True needs the low-latency family"):
         moe_ep.Buffer(None, low_latency_mode=True)

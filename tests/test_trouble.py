@@ -62,7 +62,7 @@ def construct_one_badly(ctx: RankContext, changes: dict) -> Exception | None:
     ("changes", "text"),
     [
         ({"num_sms": 7}, "num_sms=7"),
-        ({"num_sms": "many"}, "TypeError"),
+        ({"num_sms": "many"}, "num_sms='many' must be positive and even"),
         ({"timeout_s": -1}, "timeout_s=-1 must be a positive number"),
         ({"timeout_s": "soon"}, "timeout_s=soon must be a positive number"),
     ],
