@@ -55,7 +55,8 @@ class Buffer(InternodeCalls, LowLatencyCalls):
         explicitly_destroy: whether the caller calls :meth:`destroy`.
         enable_mask: whether a timeout masks a rank instead of raising (low-latency family).
         enable_shrink: another name of ``enable_mask``.
-        timeout_s: bound of every wait in seconds; None takes ``MOE_EP_TIMEOUT_S``, else 600.
+        timeout_s: bound of every wait in seconds, the same on all ranks; None takes ``MOE_EP_TIMEOUT_S``, else 600. On
+            the torch backend an error comes up to 3 s later, in which the ranks that are missing are found.
         ranks_per_node: ranks that share a scale-up domain; None for all of them.
         max_tokens_per_rank: largest T that :meth:`reserve` should expect.
         backend: ``"auto"``, ``"torch"`` or ``"cuda"``.

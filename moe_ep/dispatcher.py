@@ -55,7 +55,8 @@ class TokenDispatcher(nn.Module):
         combine_dtype: ``torch.float32`` sends what a rank sums of a token's 16-bit rows in fp32: twice the bytes of
             combine and of dispatch's backward, and one rounding instead of one per rank. None sends rows' ``dtype``.
         expert_map: int32 [E_logical, max_replicas] physical ids, -1 after the last; ids are then logical.
-        timeout_s: bound of every wait in seconds; None takes ``MOE_EP_TIMEOUT_S``, else 600.
+        timeout_s: bound of every wait in seconds, the same on all ranks; None takes ``MOE_EP_TIMEOUT_S``, else 600. On
+            the torch backend an error comes up to 3 s later, in which the ranks that are missing are found.
         validate: whether to check id values; None checks on the torch backend.
 
     Raises:

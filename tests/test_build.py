@@ -80,6 +80,28 @@ def test_plan_says_what_is_left_out_and_refuses_what_cannot_be(monkeypatch: pyte
         make_plan({"MOE_EP_WITH_CUDA": "0", "MOE_EP_WITH_NVSHMEM": "1"})
 
 
+@pytest.mark.parametrize("asked", ["1", "cu13"])
+def test_nvshmem_that_is_asked_for_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str):
+    monkeypatch.setenv("MOE_EP_WITH_NVSHMEM", asked)
+    monkeypatch.setattr("build_tools.extensions.find_nvshmem", lambda _: None)
+    monkeypatch.setattr("build_tools.extensions.find_nvcc", lambda _: make_nvcc(tmp_path, "13.0", "80 90"))
+    with pytest.raises(ValueError, match=f"MOE_EP_WITH_NVSHMEM={asked}: NVSHMEM not found: set MOE_EP_NVSHMEM_DIR"):
+        make_plan({"MOE_EP_WITH_NVSHMEM": asked})
+    # Where nobody asks, the plan goes on without it.
+    monkeypatch.delenv("MOE_EP_WITH_NVSHMEM")
+    assert "moe_ep._C_internode" in make_plan({}).summary()
+
+
+def test_the_build_environment_gets_the_wheel_that_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    from build_tools import backend
+
+    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        monkeypatch.delenv("MOE_EP_WITH_NVSHMEM", raising=False)
+        assert not any("nvshmem" in name for name in hook())
+        monkeypatch.setenv("MOE_EP_WITH_NVSHMEM", "cu13")
+        assert [name for name in hook() if "nvshmem" in name] == ["nvidia-nvshmem-cu13==3.4.5"]
+
+
 def test_nvshmem_is_found_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     root = tmp_path / "nvidia" / "nvshmem"
     for name in ("include/nvshmem.h", "lib/libnvshmem_device.a"):

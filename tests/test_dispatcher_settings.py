@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 
 import pytest
@@ -74,6 +75,8 @@ def reports(ctx: RankContext, case: Case) -> tuple[dict, dict]:
     dispatcher = case.dispatcher(ctx.group)
     before = dispatcher.memory_report(max_tokens_per_rank=100)
     round_trip(ctx, case, dispatcher)
+    # Rank 0 waits for it.
+    time.sleep(0.5 * ctx.rank)
     round_trip(ctx, case, dispatcher)
     assert dispatcher.memory_report(max_tokens_per_rank=100) == before
     return dispatcher.stats(), before
@@ -84,7 +87,10 @@ def test_reports(ranks: Ranks) -> None:
     for rank, (stats, memory) in enumerate(ranks(2, reports, case)):
         assert stats["exchanges"] == 4
         assert stats["tokens_per_expert"].tolist() == [2 * n for n in case.expected().ranks[rank].tokens_per_expert]
-        assert stats["wait_seconds"] >= 0
+        assert stats["wait_seconds"] > (0.3 if rank == 0 else 0)
+        # Rows of 32 bytes and their weights, of 2 choices each; six words of a plan for each choice.
+        assert memory["saved_bytes_per_layer"] == 100 * 2 * (32 + 4)
+        assert memory["plan_bytes_per_layer"] == 100 * 2 * 6 * 8
         assert memory["arena_bytes"] == 0
         # 100 tokens of 32 bytes go to each of two ranks at least.
         assert memory["exchange_bytes"] > 100 * 32 * 2
