@@ -88,9 +88,9 @@ def test_reports(ranks: Ranks) -> None:
         assert stats["exchanges"] == 4
         assert stats["tokens_per_expert"].tolist() == [2 * n for n in case.expected().ranks[rank].tokens_per_expert]
         assert stats["wait_seconds"] > (0.3 if rank == 0 else 0)
-        # Rows of 32 bytes and their weights, of 2 choices each; six words of a plan for each choice.
-        assert memory["saved_bytes_per_layer"] == 100 * 2 * (32 + 4)
-        assert memory["plan_bytes_per_layer"] == 100 * 2 * 6 * 8
+        # Rows of 32 bytes and their weights, one for each choice; six words of a plan for each choice.
+        assert memory["saved_bytes_per_layer"] == 100 * case.top_k * (32 + 4)
+        assert memory["plan_bytes_per_layer"] == 100 * case.top_k * 6 * 8
         assert memory["arena_bytes"] == 0
         # 100 tokens of 32 bytes go to each of two ranks at least.
         assert memory["exchange_bytes"] > 100 * 32 * 2
