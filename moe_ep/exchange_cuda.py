@@ -283,14 +283,15 @@ class CudaExchanger(Exchanger):
             return 0
         if spec.max_tokens_per_rank is not None:
             return spec.max_tokens_per_rank
-        if self._first_tokens is None:
+        # Exchanges before any rank has tokens do not count; all ranks then agree again.
+        if not self._first_tokens:
             self._first_tokens = self.backend.agree_tokens(num_tokens)
         return max(self._first_tokens, 1)
 
     def _check_tokens(self, num_tokens: int, spec: ExchangeSpec) -> None:
         """Sizes are fixed with a capacity: by the constructor, or by the largest T of the first exchange."""
         most = self._first_tokens
-        if spec.capacity is not None and spec.max_tokens_per_rank is None and most is not None and num_tokens > most:
+        if spec.capacity is not None and spec.max_tokens_per_rank is None and most and num_tokens > most:
             raise ValueError(
                 f"x has {num_tokens} tokens, but the capacity was sized for {most} at the first exchange: pass "
                 "max_tokens_per_rank, the largest number of tokens that any rank will send"
