@@ -224,14 +224,18 @@ class Buffer(InternodeCalls, LowLatencyCalls):
                 if self.num_nvl_bytes:
                     # What is granted does not depend on rows.
                     chosen.link.reserve(0, 0, 0)
-                return chosen, "asked for" if backend == "cuda" else "every rank has a GPU that the others reach"
+                if backend == "cuda":
+                    return chosen, "asked for"
+                reason = "every rank has a GPU that the others reach"
+                _tell_choice("cuda", reason)
+                return chosen, reason
             # All ranks raise it together.
             except NotBuiltError as error:
                 if backend == "cuda":
                     raise
                 reason = str(error)
         if backend == "auto":
-            _LOGGER.info("backend auto chose torch: %s", reason)
+            _tell_choice("torch", reason)
         return TorchBackend(self.control, lambda: self.group), reason or ""
 
     def check_alive(self) -> None:
@@ -406,6 +410,12 @@ def _wrong_sizes(**sizes: int) -> ValueError | None:
                 f"{name}={value!r} must be a positive int below 2**31: give the largest that will be sent"
             )
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _tell_choice(chosen: str, reason: str | None) -> None:
+    """Say once what ``backend="auto"`` chose, and why."""
+    _LOGGER.info('backend="auto" chose %s: %s', chosen, reason)
 
 
 def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:

@@ -398,6 +398,17 @@ def test_auto_takes_torch_where_nothing_says_that_rows_are_on_gpus(ranks: Ranks)
     assert "without a process group" in (why_not_by_itself(None) or "")
 
 
+def test_auto_tells_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
+    importlib.import_module("moe_ep.buffer")._tell_choice.cache_clear()
+    with caplog.at_level("INFO", logger="moe_ep"):
+        for _ in range(3):
+            Buffer(None)
+        Buffer(None, backend="torch")
+    told = [record.getMessage() for record in caplog.records if "auto" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith('backend="auto" chose torch: ')
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu() -> None:
     with pytest.raises(NotBuiltError, match="cuda"):
