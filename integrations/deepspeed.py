@@ -42,7 +42,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size  # noqa: E4
 _ZERO3 = (
     "ZeRO stage 3 cannot hold DeepSpeed's MoE, with or without moe_ep: choose zero_optimization.stage 0, 1 or 2 "
     "(experts are spread over the ranks already), DeepSpeed's AutoEP, or FSDP2 with moe_ep.layers.MoELayer "
-    "(docs/training.md)"
+    "(docs/fsdp.md)"
 )
 
 

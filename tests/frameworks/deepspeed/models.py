@@ -38,6 +38,8 @@ class Setup:
     tokens: tuple[tuple[int, int], ...] = ((4, 6), (4, 6))
     use_rts: bool = True
     use_residual: bool = False
+    # Of k = 2 alone, whose second expert DeepSpeed draws at random by default.
+    sample_second: bool = True
     min_capacity: int = 2
     steps: int = 4
 
@@ -82,6 +84,7 @@ class Model(nn.Module):
             drop_tokens=setup.drop,
             use_rts=setup.use_rts,
             use_residual=setup.use_residual,
+            top2_2nd_expert_sampling=setup.sample_second,
         )
         self.last = nn.Linear(HIDDEN, HIDDEN, bias=False)
 

@@ -3,6 +3,9 @@
 import copy
 import json
 import pickle
+import re
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from moe_ep.integrations.deepspeed import EPMOELayer, convert
 from moe_ep.integrations.versions import require
 from moe_ep.testing import RankContext
 from tests.frameworks.deepspeed.models import Model, Setup, build, engine_of, inputs, join, on_ranks, train
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def fresh(**changes: object) -> Model:
@@ -127,8 +132,11 @@ def test_zero3_is_refused_by_its_config(tmp_path: Path):
     path.write_text(json.dumps(config))
     for one in (config, path, str(path)):
         model = fresh()
-        with pytest.raises(ValueError, match=r"stage=3: ZeRO stage 3 .*choose zero_optimization\.stage 0, 1 or 2"):
+        with pytest.raises(ValueError, match=r"stage=3: .*choose zero_optimization\.stage 0, 1 or 2") as refused:
             convert(model, config=one)
+        pages = re.findall(r"docs/\w+\.md", str(refused.value))
+        assert pages == ["docs/fsdp.md"]
+        assert (ROOT / pages[0]).is_file()
         assert type(model.moe.deepspeed_moe) is MOELayer
     convert(fresh(), config={"zero_optimization": {"stage": 2}})
     convert(fresh(), config={})
@@ -207,6 +215,18 @@ def test_other_releases_are_refused(monkeypatch: pytest.MonkeyPatch, version: st
     monkeypatch.setattr(metadata, "version", lambda _: version)
     with pytest.raises(ImportError, match=r'deepspeed is .*pip install "deepspeed>=0\.19\.8,<0\.20"'):
         require("deepspeed", at_least="0.19.8", below="0.20")
+
+
+def test_the_adapter_itself_refuses_other_releases():
+    code = (
+        "from importlib import metadata\n"
+        "installed = metadata.version\n"
+        "metadata.version = lambda name: '0.18.4' if name == 'deepspeed' else installed(name)\n"
+        "import moe_ep.integrations.deepspeed\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=170, cwd=ROOT)
+    assert done.returncode == 1
+    assert re.search(r'ImportError: deepspeed is 0\.18\.4; .*pip install "deepspeed>=0\.19\.8,<0\.20"', done.stderr)
 
 
 def test_a_missing_package_is_named():

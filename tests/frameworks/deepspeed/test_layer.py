@@ -1,6 +1,8 @@
 """One layer without an engine: gradients, recomputation, and what passes through it bit for bit."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -10,9 +12,11 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_ep.integrations.deepspeed import EPMOELayer
+from moe_ep.dispatcher import TokenDispatcher
+from moe_ep.integrations.deepspeed import EPExperts, EPMOELayer
 from moe_ep.testing import RankContext
 from tests.frameworks.deepspeed.models import (
+    AUX,
     HIDDEN,
     Model,
     Setup,
@@ -24,7 +28,7 @@ from tests.frameworks.deepspeed.models import (
     relative_bound,
 )
 
-EVEN = Setup(k=3, use_rts=False)
+EVEN = Setup(k=3, use_rts=False, sample_second=False)
 UNEVEN = EVEN.with_(tokens=((4, 6), (1, 3)), min_capacity=4)
 EMPTY = EVEN.with_(tokens=((0, 7), (3, 5)), min_capacity=4)
 
@@ -88,7 +92,7 @@ def check_gradients(ctx: RankContext, setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("setup", [EVEN, UNEVEN, EMPTY], ids=["even", "uneven", "empty rank"])
-@pytest.mark.parametrize(("k", "drop"), [(1, True), (1, False), (3, True), (3, False)])
+@pytest.mark.parametrize(("k", "drop"), [(1, True), (1, False), (2, True), (2, False), (3, True), (3, False)])
 def test_gradients_equal_the_unsharded_model(setup: Setup, k: int, drop: bool):
     on_ranks(2, check_gradients, setup.with_(k=k, drop=drop))
 
@@ -116,8 +120,9 @@ def lose_rows(ctx: RankContext, setup: Setup) -> bool:
     return False
 
 
-def test_one_lost_row_is_caught():
-    assert on_ranks(2, lose_rows, EVEN.with_(drop=False)) == [True, True]
+@pytest.mark.parametrize("k", [2, 3])
+def test_one_lost_row_is_caught(k: int):
+    assert on_ranks(2, lose_rows, EVEN.with_(k=k, drop=False)) == [True, True]
 
 
 def compare_bits(ctx: RankContext, setup: Setup) -> None:
@@ -143,6 +148,106 @@ def compare_bits(ctx: RankContext, setup: Setup) -> None:
 @pytest.mark.parametrize("drop", [True, False])
 def test_one_choice_per_token_gives_the_same_bits(dtype: torch.dtype, drop: bool):
     on_ranks(2, compare_bits, Setup(k=1, drop=drop, dtype=dtype))
+
+
+def bf16_results(ctx: RankContext, setup: Setup, *, ours: bool) -> dict[str, Tensor]:
+    """Output and gradients of one bf16 layer; what comes from above is noise, the same for both layers."""
+    moe = layer_of(ctx, setup, ours=ours).moe.to(torch.bfloat16)
+    x = inputs(setup, ctx.rank).bfloat16().requires_grad_()
+    out, l_aux, _ = moe(x)
+    noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(70 + ctx.rank)).bfloat16()
+    torch.autograd.backward([out, AUX * l_aux], [noise, torch.ones_like(l_aux)])
+    gradients = {"inputs": x, "gate": moe.deepspeed_moe.gate.wg.weight}
+    for number, one in enumerate(moe.deepspeed_moe.experts.deepspeed_experts):
+        gradients |= {f"expert {number}: {name}": parameter for name, parameter in one.named_parameters()}
+    results = {
+        f"gradient of {name}": torch.zeros_like(p) if p.grad is None else p.grad for name, p in gradients.items()
+    }
+    return {"output": out.detach(), **results}
+
+
+def bf16_roundings(name: str, k: int) -> int:
+    """Tensors rounded to bf16 on the way to a result, forward and backward."""
+    forward = {"hidden": 1, "activation": 1, "y": 1}
+    if name == "output":
+        # Rows of experts, then their sum: here rounded as partial sums on the wire, and once.
+        return sum(forward.values()) + k + 1
+    if name == "gradient of gate":
+        # Scores are fp32, and so is the product of y with what comes from above.
+        return sum(forward.values()) + 1
+    # Of y, of the activation, of hidden; the last one depends on the stored hidden values.
+    backward = 3 + forward["hidden"]
+    if name == "gradient of inputs":
+        # Rows of k choices, their sum, term by term in DeepSpeed; the gate's part, and the two added.
+        return backward + 1 + k + 2
+    # One more for the gradient itself, one for the stored activation.
+    return backward + 2
+
+
+def bf16_differences(found: dict[str, Tensor], expected: dict[str, Tensor], k: int) -> list[str]:
+    """Results that are apart by more than the roundings on the way to them, a unit each, relative to their norm.
+
+    A rounding moves each element of a tensor by half a unit of it at most, in each of the two runs, and so the norm of
+    the tensor by that fraction. Terms of the sums that follow have independent signs, because what comes from above is
+    noise, and errors have too: both grow alike.
+    """
+    lines = []
+    for name, target in expected.items():
+        error, norm = (found[name].double() - target.double()).norm().item(), target.double().norm().item()
+        allowed = bf16_roundings(name, k) * torch.finfo(torch.bfloat16).eps * norm
+        if not error <= allowed:
+            lines.append(f"{name} is off by {error} of at most {allowed}")
+    return lines
+
+
+def compare_bf16(ctx: RankContext, setup: Setup) -> None:
+    stock, ours = (bf16_results(ctx, setup, ours=ours) for ours in (False, True))
+    assert all(bool(value.any()) for value in stock.values())
+    assert bf16_differences(ours, stock, setup.k) == []
+
+
+BF16 = EVEN.with_(drop=False)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_bf16_gradients_equal_those_of_deepspeeds_own_exchange(k: int):
+    on_ranks(2, compare_bf16, BF16.with_(k=k))
+
+
+def _last_choice_dropped(topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
+    topk_idx = topk_idx.clone()
+    topk_idx[0, -1] = -1
+    return topk_idx, topk_weights
+
+
+BACKWARD_FAULTS = {
+    "weights detached": (EPMOELayer, "_route", lambda routes: (routes[0], routes[1].detach())),
+    "one choice dropped": (EPMOELayer, "_route", lambda routes: _last_choice_dropped(*routes)),
+    "experts detached": (EPExperts, "forward", lambda out: out.detach()),
+    "half of the gradient": (EPExperts, "forward", lambda out: (out + out.detach()) / 2),
+    "rows detached": (TokenDispatcher, "dispatch", lambda routed: replace(routed, x=routed.x.detach())),
+}
+
+
+def bf16_differences_by_fault(ctx: RankContext, setup: Setup) -> dict[str, list[str]]:
+    stock = bf16_results(ctx, setup, ours=False)
+    found = {}
+    for fault, (owner, method, spoil) in BACKWARD_FAULTS.items():
+        real = getattr(owner, method)
+
+        def faulty(*args: object, real: Callable = real, spoil: Callable = spoil) -> object:
+            return spoil(real(*args))
+
+        with mock.patch.object(owner, method, faulty):
+            found[fault] = bf16_differences(bf16_results(ctx, setup, ours=True), stock, setup.k)
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_planted_faults_of_bf16_gradients_are_caught(k: int):
+    for found in on_ranks(2, bf16_differences_by_fault, BF16.with_(k=k)):
+        for fault, lines in found.items():
+            assert any(line.startswith("gradient of") for line in lines), fault
 
 
 def recompute(ctx: RankContext, setup: Setup, how: str) -> None:

@@ -46,6 +46,14 @@ class Setup:
         return replace(self, **changes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Losses of some steps of one rank, and whole gradients of the first of these steps, not clipped, by name."""
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+
+
 def config_of(setup: Setup, *, ours: bool) -> Trainer.Config:
     """The config that ``--override.imports`` and the other options would give."""
     config = deepseek_v3_debugmodel()
@@ -77,7 +85,20 @@ def whole_model(setup: Setup) -> nn.Module:
     torch.manual_seed(5)
     with torch.no_grad():
         model.init_weights(buffer_device=None)
+        _let_routed_experts_matter(model)
     return model.train()
+
+
+def _let_routed_experts_matter(model: nn.Module) -> None:
+    """torchtitan starts with outputs of experts near 0.004 beside rows near 1, and with scores near 0.5 all over.
+
+    With these factors both are of the order of the rows, and scores spread over most of 0 to 1.
+    """
+    for name, parameter in model.named_parameters():
+        if "routed_experts" in name:
+            parameter.mul_(5.0)
+        elif "router.gate" in name:
+            parameter.mul_(10.0)
 
 
 class Run:
@@ -128,17 +149,27 @@ class Run:
             total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
         return total / (labels.numel() * self.dims.dp_shard)
 
-    def train(self, rank: int, steps: int, first: int = 0) -> list[float]:
-        """Losses of steps of the optimizer, gradients clipped to norm 1."""
-        losses = []
+    def train(self, rank: int, steps: int, first: int = 0) -> Trained:
+        """Steps of the optimizer, gradients clipped to norm 1. Collective."""
+        losses: list[float] = []
+        gradients: dict[str, Tensor] = {}
         for step in range(first, first + steps):
             self.optimizers.zero_grad()
             loss = self.loss(*batch_of(self.setup, rank // self.setup.tp, step))
             loss.backward()
+            gradients = gradients or self.gradients()
             clip_grad_norm_(list(self.model.parameters()), 1.0, ep_enabled=self.dims.ep_enabled)
             self.optimizers.step()
             losses.append(loss.item())
-        return losses
+        return Trained(losses=losses, gradients=gradients)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by name, zeros where there is none. Collective."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            found[name] = grad.full_tensor().detach() if isinstance(grad, DTensor) else grad.detach()
+        return found
 
 
 def batch_of(setup: Setup, rank: int, step: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,10 @@
 """What ``--override.imports`` replaces, and what it refuses by name, with a remedy."""
 
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import spmd_types as spmd
@@ -20,6 +23,8 @@ from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
 from moe_ep.integrations import torchtitan as adapter
 from tests.frameworks.torchtitan.blocks import Block, config_of, moe_of, rows_of
 from tests.frameworks.torchtitan.models import OVERRIDE, SELECTIVE_AC
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def config_with(token_dispatcher: BaseEPTokenDispatcher.Config) -> object:
@@ -119,6 +124,19 @@ def test_spmd_typechecking_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(spmd, "is_type_checking", lambda: True)
     with pytest.raises(ValueError, match=r"debug\.spmd_typechecking is on: .*then train without the check"):
         moe_of(Block(), ours=True)(rows_of(Block(), 0))
+
+
+def test_the_adapter_itself_refuses_other_releases():
+    code = (
+        "from importlib import metadata\n"
+        "from tests.frameworks.torchtitan import cpu\n"
+        "installed = metadata.version\n"
+        "metadata.version = lambda name: '0.2.1' if name == 'torchtitan' else installed(name)\n"
+        "import moe_ep.integrations.torchtitan\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=170, cwd=ROOT)
+    assert done.returncode == 1
+    assert re.search(r'ImportError: torchtitan is 0\.2\.1; .*pip install "torchtitan>=0\.3\.0,<0\.4"', done.stderr)
 
 
 def test_the_command_line():
