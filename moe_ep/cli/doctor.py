@@ -195,8 +195,19 @@ def examine_backend() -> list[Finding]:
 
 def examine_timeouts() -> list[Finding]:
     """Which timeout rules when a peer is missing."""
-    asked = os.environ.get("MOE_EP_TIMEOUT_S")
-    default = f"MOE_EP_TIMEOUT_S={asked}" if asked else "600 s (timeout_s= or MOE_EP_TIMEOUT_S change it)"
+    try:
+        seconds = moe_ep.Buffer(None, backend="torch").timeout_s
+    except ValueError as error:
+        wrong = Finding(
+            part="notes",
+            name="timeout",
+            state="broken",
+            found=f"every Buffer without a timeout_s= of its own raises {one_line(error)}",
+            remedy="set MOE_EP_TIMEOUT_S to seconds, such as 600, or unset it",
+        )
+        return [wrong]
+    asked = "MOE_EP_TIMEOUT_S" in os.environ
+    default = f"{seconds:g} s ({'set by MOE_EP_TIMEOUT_S' if asked else 'timeout_s= or MOE_EP_TIMEOUT_S change it'})"
     gloo = f"an exchange waits for its peers for {default}, then raises PeerTimeoutError naming those missing"
     nccl = (
         "with an NCCL group its own watchdog rules: it ends the process after the timeout given to init_process_group "

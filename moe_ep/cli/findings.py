@@ -6,6 +6,9 @@ from dataclasses import dataclass
 COMMAND_SECONDS = 20
 REBUILD = "pip install -e . (in the source tree)"
 REBUILD_CUDA = "MOE_EP_WITH_CUDA=1 " + REBUILD
+# Without --force-reinstall pip keeps the torch that is there, whatever it was built for.
+REINSTALL_TORCH = "pip install torch --force-reinstall"
+REINSTALL_CUDA_TORCH = REINSTALL_TORCH + " --index-url https://download.pytorch.org/whl/cu130"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,7 @@ class Finding:
         state: ``ok``, ``absent`` (not there, and nothing needs it), ``broken`` (there, and does not work), ``note``.
         found: what was found, or why it is broken.
         cost: what its absence costs; empty when nothing is missing.
-        remedy: the command or setting that mends it; empty when nothing is missing.
+        remedy: the command or setting that mends it, or that nothing is needed; empty when nothing is missing.
     """
 
     part: str

@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moe_ep.cli.findings import REBUILD_CUDA, Finding, one_line, run_command
+from moe_ep.cli.findings import (
+    REBUILD_CUDA,
+    REINSTALL_CUDA_TORCH,
+    REINSTALL_TORCH,
+    Finding,
+    one_line,
+    run_command,
+)
 
 
 def examine_torch() -> list[Finding]:
@@ -23,18 +30,23 @@ def examine_torch() -> list[Finding]:
             state="absent",
             found="this torch is built without it",
             cost="one process only: dispatchers work with group=None",
-            remedy="pip install torch (a build with USE_DISTRIBUTED=1)",
+            remedy=REINSTALL_TORCH,
         )
         return [*findings, missing]
     backends = (
-        ("gloo", dist.is_gloo_available(), "groups of CPU processes", "pip install torch"),
+        ("gloo", dist.is_gloo_available(), "groups of CPU processes", REINSTALL_TORCH),
         (
             "nccl",
             dist.is_nccl_available(),
             "the torch backend over several GPUs, and the control plane frameworks use there",
-            "pip install torch (a CUDA build)",
+            "nothing where there are no NVIDIA GPUs, else " + REINSTALL_CUDA_TORCH,
         ),
-        ("mpi", dist.is_mpi_available(), "groups started by mpirun; gloo or nccl do the same", "build torch with MPI"),
+        (
+            "mpi",
+            dist.is_mpi_available(),
+            "process groups of the backend mpi",
+            "nothing: groups of gloo or nccl do the same, also under mpirun",
+        ),
     )
     for name, available, use, remedy in backends:
         if available:
@@ -59,6 +71,7 @@ def examine_gpus() -> list[Finding]:
                 state="absent",
                 found="no NVIDIA driver",
                 cost="the torch backend serves, on the CPU",
+                remedy="nothing where there are no NVIDIA GPUs, else install their driver until nvidia-smi lists them",
             )
         ]
     findings = [Finding(part="gpu", name="driver", state="ok", found=f"supports CUDA {driver or 'unknown'}")]
@@ -69,7 +82,7 @@ def examine_gpus() -> list[Finding]:
             state="absent",
             found=f"{listed} here, but this torch is built for the CPU only",
             cost="no GPU can be used",
-            remedy="pip install torch --index-url https://download.pytorch.org/whl/cu130",
+            remedy=REINSTALL_CUDA_TORCH,
         )
         return [*findings, absent]
     return findings + _examine_cuda(listed)

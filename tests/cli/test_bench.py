@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.multiprocessing import ProcessRaisedException
 
 from moe_ep.cli import bench
+from moe_ep.cli.bench import registry
 from moe_ep.cli.bench.baseline import AllToAllDispatcher
 from moe_ep.cli.bench.cases import Case, Shape, exchange_cases
 from moe_ep.cli.bench.exchange import count_rows, exchange_contest, make_inputs
@@ -101,7 +103,7 @@ def test_shape_refuses(text):
 
 
 def test_cases_refuse_experts_that_ranks_do_not_divide():
-    with pytest.raises(ValueError, match="experts=12.*ranks=5"):
+    with pytest.raises(ValueError, match="num_experts=12.*5 ranks"):
         list(exchange_cases(5, [8], [Shape.parse("16:2:12")], dtype="float32", routing="uniform"))
 
 
@@ -173,6 +175,40 @@ def test_exchange_measurement(ranks, num_ranks, shape):
         assert row["time_us_max"] >= row["time_us_mean"] > 0
         assert row["ratio_low"] <= row["ratio_median"] <= row["ratio_high"]
     assert whole["wire_bytes"] == dispatch["wire_bytes"] + combine["wire_bytes"]
+
+
+def take_fixed_times(monkeypatch, times, target):
+    """Rows of a measurement whose ranks took ``times``, microseconds [R, 2, pairs]; 2 at index 1: ours, baseline."""
+    every_rank = iter([torch.tensor([[0.0, 1.0]] * len(times)), torch.tensor(times).double().unsqueeze(3)])
+    traffic = torch.tensor([[1000.0, 2000.0], [3000.0, 4000.0]], dtype=torch.float64)
+    monkeypatch.setattr(registry, "time_pairs", lambda *args, **kwargs: None)
+    monkeypatch.setattr(registry, "gather_times", lambda mine, rank: next(every_rank, traffic))
+    contest = Contest(stages=("whole",), ours=(), baseline=(), check=lambda: (0.0, True))
+    measurement = replace(
+        find_measurement("moe_layer", "torch"), prepare=lambda rank, case: contest, target=lambda case: target
+    )
+    return measure(Rank(group=None, device=CPU), measurement, make_case(2), len(times[0][0]))
+
+
+def test_the_slowest_rank_sets_the_time_and_the_ratio(monkeypatch):
+    ranks_take = [[[10.0] * 4, [40.0] * 4], [[30.0] * 4, [20.0] * 4]]
+    row = take_fixed_times(monkeypatch, ranks_take, target=None)[0]
+    assert (row["time_us_max"], row["time_us_mean"], row["baseline_us"]) == (30, 20, 40)
+    assert (row["ratio_low"], row["ratio_median"], row["ratio_high"]) == (0.75, 0.75, 0.75)
+    assert row["met"] is None
+    # 3000 bytes in 30 us: the bytes and the time of the busiest rank.
+    assert row["wire_gbps"] == pytest.approx(0.1)
+    # Ranks that are slow in turn: in every pair one of them takes 30 us, though each rank's median is 20.
+    row = take_fixed_times(monkeypatch, [[[10.0, 30.0], [10.0, 10.0]], [[30.0, 10.0], [10.0, 10.0]]], target=None)[0]
+    assert (row["time_us_max"], row["ratio_median"]) == (20, 3)
+
+
+@pytest.mark.parametrize(("target", "met"), [(0.9, False), (1.0, False), (1.49, False), (1.5, True)])
+def test_a_target_is_met_by_the_upper_end_of_the_interval_and_not_by_the_median(monkeypatch, target, met):
+    times = [[[8.0] * 6 + [15.0] * 5, [10.0] * 11]] * 2
+    row = take_fixed_times(monkeypatch, times, target)[0]
+    assert (row["ratio_median"], row["ratio_high"]) == (0.8, 1.5)
+    assert (row["target"], row["met"]) == (target, met)
 
 
 def check_with_fault(ctx, case, fault):
@@ -323,13 +359,17 @@ def test_exit_codes():
         (["--tokens", "0"], "tokens=0"),
         (["--shapes", "1024:8"], "H:K:E"),
         (["--ranks", "3", "--shapes", "64:2:16"], "experts=16"),
+        (["--shapes", "30:2:8"], "shape=30:2:8: hidden_size=30"),
+        (["--shapes", "64:65:128"], "shape=64:65:128: top_k=65"),
+        (["--op", "moe_layer", "--layer-shapes", "30:2:8"], "shape=30:2:8: hidden_size=30"),
         (["--show", "no-such-file.json"], "no-such-file.json"),
     ],
 )
-def test_wrong_arguments_are_one_line(capsys, arguments, text):
+def test_wrong_arguments_are_one_line(monkeypatch, capsys, arguments, text):
+    monkeypatch.setattr(bench, "launch", lambda *_: pytest.fail("a process was started"))
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
-    assert text in error
+    assert text in error.splitlines()[-1]
     assert "Traceback" not in error
 
 

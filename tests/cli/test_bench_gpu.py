@@ -252,10 +252,16 @@ def test_settings_refuse(capsys, words, text):
 
 
 def test_ranks_must_divide_experts():
-    with pytest.raises(ValueError, match="experts=256.*ranks=3"):
+    with pytest.raises(ValueError, match="num_experts=256.*3 ranks"):
         check_ranks(3, settings_from(parse()))
     with pytest.raises(ValueError, match="ranks=0"):
         check_ranks(0, settings_from(parse()))
+
+
+def test_a_shape_that_no_dispatcher_takes_is_refused_before_processes_start():
+    for shape, text in (("30:2:8", "hidden_size=30"), ("64:65:128", "top_k=65")):
+        with pytest.raises(ValueError, match=f"shape={shape}: {text}"):
+            check_ranks(2, settings_from(parse("--shapes", shape)))
 
 
 def test_parts_need_the_cuda_backend(capsys):

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+import moe_ep
 from moe_ep.cli import doctor, machine
 from moe_ep.cli.findings import Finding
 from moe_ep.cli.main import main
@@ -49,10 +50,66 @@ def test_json_holds_every_finding(capsys):
     assert all(finding["state"] in ("ok", "absent", "broken", "note") for finding in report["findings"])
 
 
-def test_every_absence_says_what_it_costs():
-    for finding in doctor.examine():
-        if finding.state == "absent":
-            assert finding.cost, finding
+def all_absent(findings, *names):
+    """Check that what is absent says what it costs and what mends it, and that all of ``names`` are absent."""
+    absent = [finding for finding in findings if finding.state == "absent"]
+    assert {finding.name for finding in absent} >= set(names)
+    for finding in absent:
+        assert finding.cost, finding
+        assert finding.remedy, finding
+
+
+def test_every_absence_says_what_it_costs_and_what_mends_it():
+    all_absent(doctor.examine())
+
+
+def test_the_same_on_a_machine_that_has_nothing(tmp_path, monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    for backend in ("gloo", "nccl", "mpi"):
+        monkeypatch.setattr(machine.dist, f"is_{backend}_available", lambda: False)
+    monkeypatch.setattr(machine, "driver_version", lambda: None)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(moe_ep, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.delenv("MOE_EP_NVSHMEM_DIR", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    extensions = ("moe_ep._C", "moe_ep._C_internode")
+    all_absent(doctor.examine(), "gloo", "nccl", "mpi", "GPUs", "nvcc", "nvshmem", *extensions, *doctor.PACKAGES)
+
+
+def test_the_same_for_a_torch_without_distributed(monkeypatch):
+    monkeypatch.setattr(machine.dist, "is_available", lambda: False)
+    all_absent(machine.examine_torch(), "torch.distributed")
+
+
+def test_another_torch_is_a_command_that_pip_does_not_skip(monkeypatch):
+    monkeypatch.setattr(machine.dist, "is_nccl_available", lambda: False)
+    command = "pip install torch --force-reinstall --index-url https://download.pytorch.org/whl/cu130"
+    assert by_name(machine.examine_torch())["nccl"].remedy.endswith(command)
+
+
+@pytest.mark.parametrize("seconds", ["abc", "0", "-1", "nan", ""])
+def test_a_timeout_that_every_buffer_refuses_is_broken(monkeypatch, capsys, seconds):
+    monkeypatch.setenv("MOE_EP_TIMEOUT_S", seconds)
+    finding = by_name(doctor.examine_timeouts())["timeout"]
+    assert finding.state == "broken"
+    assert f"MOE_EP_TIMEOUT_S={seconds} must be a positive number" in finding.found
+    assert "such as 600" in finding.remedy
+    assert main(["doctor"]) == 1
+    assert "broken: timeout" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seconds", "text"), [("7.5", "7.5 s (set by MOE_EP_TIMEOUT_S)"), (None, "600 s (timeout_s=")])
+def test_the_timeout_that_rules_is_shown(monkeypatch, seconds, text):
+    monkeypatch.delenv("MOE_EP_TIMEOUT_S", raising=False)
+    if seconds is not None:
+        monkeypatch.setenv("MOE_EP_TIMEOUT_S", seconds)
+    finding = by_name(doctor.examine_timeouts())["timeout"]
+    assert finding.state == "note"
+    assert f"waits for its peers for {text}" in finding.found
 
 
 def test_only_what_is_broken_fails():
@@ -212,7 +269,7 @@ def test_cpu_torch_beside_a_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     finding = by_name(machine.examine_gpus())["GPUs"]
     assert finding.state == "absent"
-    assert "pip install torch" in finding.remedy
+    assert "--force-reinstall --index-url https://download.pytorch.org/whl/cu" in finding.remedy
 
 
 @pytest.mark.parametrize(("visible", "state"), [(None, "broken"), ("", "note")])

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_ep.config import ExchangeSpec
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -68,17 +70,25 @@ EXCHANGE_TARGETS = {(1024, 8): 1.0, (512, 4): 1.05, (512, 2): 1.10}
 LAYER_TARGET = 1.05
 
 
+def check_shape(shape: Shape, *, ranks: int, dtype: torch.dtype) -> None:
+    """Raise ValueError for a shape that no dispatcher over ``ranks`` ranks takes, before processes are started."""
+    spec = ExchangeSpec(
+        num_experts=shape.experts, hidden_size=shape.hidden, top_k=shape.top_k, num_ranks=ranks, dtype=dtype
+    )
+    try:
+        spec.check()
+    except ValueError as error:
+        raise ValueError(f"shape={shape.hidden}:{shape.top_k}:{shape.experts}: {error}") from error
+
+
 def exchange_cases(
     ranks: int, tokens: Sequence[int], shapes: Sequence[Shape], *, dtype: str, routing: str
 ) -> Iterator[Case]:
     """Every combination of tokens and shapes at one number of ranks.
 
     Raises:
-        ValueError: a number of experts that ``ranks`` does not divide.
+        ValueError: a shape that no dispatcher over ``ranks`` ranks takes.
     """
     for shape, count in itertools.product(shapes, tokens):
-        if shape.experts % ranks:
-            raise ValueError(
-                f"experts={shape.experts} cannot be spread evenly over ranks={ranks}; choose E as a multiple of {ranks}"
-            )
+        check_shape(shape, ranks=ranks, dtype=DTYPES[dtype])
         yield Case(ranks=ranks, tokens=count, shape=shape, dtype=dtype, routing=routing)

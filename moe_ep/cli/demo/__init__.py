@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -70,9 +71,9 @@ def _prepare(args: argparse.Namespace) -> DemoOptions:
             f"--steps {options.steps}: the checkpoint {path} is at step {resumed.step} already; give more steps"
         )
     load_corpus(options.train.text, max_bytes=options.train.max_bytes, seq=options.model.seq)
-    _require_writable(options.out, "--out", make=True)
+    _require_writable_folder(options.out, "--out", make=True)
     if options.json is not None:
-        _require_writable(options.json.parent, "--json", make=False)
+        _require_writable_file(options.json, "--json")
     return options
 
 
@@ -96,7 +97,17 @@ def _run(options: DemoOptions) -> int:
     return 0
 
 
-def _require_writable(folder: Path, flag: str, *, make: bool) -> None:
+def _require_writable_file(path: Path, flag: str) -> None:
+    if path.is_dir():
+        raise UsageError(f"{flag}: {path} is a folder; name a file, such as {path / 'summary.json'}")
+    # Of a pipe or a device the folder need not be writable.
+    if not path.exists():
+        _require_writable_folder(path.parent, flag, make=False)
+    elif not os.access(path, os.W_OK):
+        raise UsageError(f"{flag}: {path} is there and may not be written; name another file")
+
+
+def _require_writable_folder(folder: Path, flag: str, *, make: bool) -> None:
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
-from moe_ep.cli.demo.options import UsageError
+from moe_ep.cli.demo.options import CHECKPOINT_NAME, UsageError
 
 FORMAT = "moe_ep.demo"
 VERSION = "1"
@@ -62,8 +62,10 @@ def load(path: Path) -> Checkpoint:
     """Read and verify a checkpoint.
 
     Raises:
-        UsageError: when it is missing, half-written, damaged, or not a checkpoint of this demo.
+        UsageError: when it is missing, a folder, half-written, damaged, or not a checkpoint of this demo.
     """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name the checkpoint in it, such as {path / CHECKPOINT_NAME}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from moe_ep.cli.demo import checkpoint as checkpoints
-from moe_ep.cli.demo.options import CHECKPOINT_NAME, DemoOptions, UsageError
-from moe_ep.cli.demo.sampling import generate, load_unsharded, printable
+from moe_ep.cli.demo.options import CHECKPOINT_NAME, DemoOptions, UsageError, check_temperature
+from moe_ep.cli.demo.sampling import generate, load_unsharded, printable, prompt_bytes
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run_generate(args: argparse.Namespace) -> int:
     except UsageError as error:
         print(f"moe-ep generate: {error}", file=sys.stderr)
         return 2
-    prompt = args.prompt.encode() or b"\n"
+    prompt = prompt_bytes(args.prompt)
     added = generate(
         model, prompt, num_bytes=args.bytes, temperature=args.temperature, top_k=args.top_k, seed=args.seed
     )
@@ -44,9 +44,10 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def _validate(args: argparse.Namespace) -> None:
-    for name in ("bytes", "temperature", "top_k"):
+    check_temperature(args.temperature)
+    for name in ("bytes", "top_k"):
         value = getattr(args, name)
-        if not value >= 0:
+        if value < 0:
             raise UsageError(f"--{name.replace('_', '-')} {value} is negative; give 0 or more")
 
 

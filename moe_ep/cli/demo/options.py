@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,7 +113,9 @@ class DemoOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``moe-ep demo``. None stands for "not given": the checkpoint's value, else the default."""
     run = parser.add_argument_group("run")
-    run.add_argument("--steps", type=_positive, help=f"train up to this step (default {DEFAULT_STEPS})")
+    run.add_argument(
+        "--steps", type=_positive, help=f"train up to this step (default {DEFAULT_STEPS}, resumed: as before)"
+    )
     run.add_argument("--ranks", type=_positive, help="processes that share the experts (default 2, or one per GPU)")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: GPUs if there are any")
     run.add_argument("--backend", choices=get_args(Backend), default="auto", help="backend of the exchanges")
@@ -173,7 +176,7 @@ def resolve(
     model = _merge(ModelOptions, args, remembered.get("model", {}), fixed=True)
     given_text = None if args.text is None else tuple(str(Path(path).absolute()) for path in args.text)
     train = _merge(TrainOptions, args, remembered.get("train", {}), fixed=False, text=given_text)
-    steps = args.steps or max(DEFAULT_STEPS, remembered.get("steps", 0))
+    steps = args.steps or remembered.get("steps") or DEFAULT_STEPS
     if args.decay_steps is None and "train" not in remembered:
         # At least the default: short runs that are continued later then share one schedule with an uninterrupted run.
         train = dataclasses.replace(train, decay_steps=max(steps, DEFAULT_STEPS))
@@ -212,14 +215,21 @@ def validate(options: DemoOptions) -> None:
     if model.experts % options.ranks:
         fitting = [n for n in range(1, model.experts + 1) if model.experts % n == 0]
         raise UsageError(f"--ranks {options.ranks} does not divide --experts {model.experts}; ranks may be {fitting}")
-    if options.temperature < 0 or options.sample_bytes < 0:
-        raise UsageError(
-            f"--temperature {options.temperature} and --sample-bytes {options.sample_bytes}: neither may be negative"
-        )
+    check_temperature(options.temperature)
+    if options.sample_bytes < 0:
+        raise UsageError(f"--sample-bytes {options.sample_bytes} is negative; give 0 or more")
     if not 0 <= options.train.seed < 2**31:
         raise UsageError(f"--seed {options.train.seed} is outside 0 .. 2**31 - 1; take another")
     if options.train.warmup < 0:
         raise UsageError(f"--warmup {options.train.warmup} is negative; 0 means none")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise UsageError unless a byte can be drawn at this temperature; also refuses nan."""
+    if not 0 <= temperature < math.inf:
+        raise UsageError(
+            f"--temperature {temperature} must be a finite number of 0 or more; 0 takes the likeliest byte each time"
+        )
 
 
 def to_dict(options: DemoOptions) -> dict[str, Any]:
@@ -271,14 +281,20 @@ def _ranks(given: int | None, *, device: str, num_gpus: int, world_size: int | N
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more; give one")
     return value
 
 
 def _positive_float(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0; give one, such as 0.003")
     return value

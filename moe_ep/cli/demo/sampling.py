@@ -46,9 +46,14 @@ def generate(
 
 def sample(checkpoint: Checkpoint, *, prompt: str, num_bytes: int, temperature: float, seed: int) -> str:
     """``prompt`` and what the checkpoint's model adds to it, as printable text."""
-    start = prompt.encode() or b"\n"
+    start = prompt_bytes(prompt)
     model = load_unsharded(checkpoint, torch.device("cpu"))
     return printable(start + generate(model, start, num_bytes=num_bytes, temperature=temperature, seed=seed))
+
+
+def prompt_bytes(prompt: str) -> bytes:
+    """A prompt of the command line as the bytes that were typed, also those that are no UTF-8; never empty."""
+    return prompt.encode(errors="surrogateescape") or b"\n"
 
 
 def printable(text: bytes) -> str:
@@ -62,4 +67,6 @@ def _choose(logits: torch.Tensor, *, temperature: float, top_k: int, generator: 
         return int(logits.argmax())
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -torch.inf)
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+    # Relative to the likeliest, so that no temperature, however low, makes infinities to subtract.
+    logits = (logits - logits.max()) / temperature
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))

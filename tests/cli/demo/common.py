@@ -9,6 +9,9 @@ from moe_ep.cli import demo
 from moe_ep.cli.demo.options import DemoOptions, ModelOptions, TrainOptions
 
 MODEL = ModelOptions(layers=2, hidden=32, heads=2, experts=12, top_k=2, expert_hidden=16, seq=24)
+# The same, smaller, on the command line.
+SMALL = ["--layers", "2", "--hidden", "32", "--heads", "2", "--experts", "4", "--expert-hidden", "16", "--seq", "24"]
+SMALL += ["--batch", "5", "--sample-bytes", "12", "--warmup", "2"]
 CPU = torch.device("cpu")
 
 

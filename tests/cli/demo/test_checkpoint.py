@@ -1,4 +1,5 @@
 import os
+import re
 import struct
 
 import pytest
@@ -47,6 +48,7 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
     (tmp_path / "text").write_text("not a checkpoint at all")
     (tmp_path / "huge").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     expected = {"other": "another program", "text": "no safetensors", "huge": "no safetensors", "none": "no checkpoint"}
+    expected["."] = re.escape(f"is a folder; name the checkpoint in it, such as {tmp_path / 'checkpoint.safetensors'}")
     for name, message in expected.items():
         with pytest.raises(UsageError, match=message):
             checkpoints.load(tmp_path / name)

@@ -14,10 +14,7 @@ from moe_ep.cli.demo import checkpoint as checkpoints
 from moe_ep.cli.demo.options import DemoOptions
 from moe_ep.cli.demo.report import describe
 from moe_ep.cli.demo.sampling import load_unsharded
-from tests.cli.demo.common import CPU, parse
-
-SMALL = ["--layers", "2", "--hidden", "32", "--heads", "2", "--experts", "4", "--expert-hidden", "16", "--seq", "24"]
-SMALL += ["--batch", "5", "--sample-bytes", "12", "--warmup", "2"]
+from tests.cli.demo.common import CPU, SMALL, parse
 
 
 @pytest.fixture
@@ -43,10 +40,36 @@ def test_unwritable_folders(capsys, no_launch, tmp_path, text):
     assert "--json: cannot write" in refused(capsys, *SMALL, "--text", text, "--out", tmp_path, "--json", gone)
 
 
+def test_a_folder_or_a_locked_file_for_the_summary(capsys, no_launch, tmp_path, text, monkeypatch):
+    arguments = [*SMALL, "--text", text, "--out", tmp_path / "out", "--json"]
+    assert f"--json: {tmp_path} is a folder; name a file" in refused(capsys, *arguments, tmp_path)
+    locked = tmp_path / "summary.json"
+    locked.write_text("")
+    # Root may write everywhere: the answer of the system is made up.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked)
+    assert f"--json: {locked} is there and may not be written" in refused(capsys, *arguments, locked)
+
+
+def test_a_temperature_that_is_no_number(capsys, no_launch, tmp_path, text):
+    wrong = refused(capsys, *SMALL, "--text", text, "--out", tmp_path, "--temperature", "nan")
+    assert "--temperature nan must be a finite number" in wrong
+    args = parse_generate("--temperature", "nan")
+    assert demo.run_generate(args) == 2
+    assert "--temperature nan must be a finite number" in capsys.readouterr().err
+
+
 def test_bad_checkpoints(capsys, no_launch, tmp_path):
     assert "no checkpoint" in refused(capsys, "--out", tmp_path, "--resume")
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x10")
     assert "half-written" in refused(capsys, "--out", tmp_path, "--resume")
+    assert "is a folder; name the checkpoint" in refused(capsys, "--out", tmp_path, "--resume", tmp_path)
+
+
+def test_a_finished_run_is_not_continued_unless_more_steps_are_asked_for(capsys, no_launch, tmp_path, text):
+    options = {"model": {}, "train": {"text": [str(text)]}, "steps": 100}
+    done = checkpoints.Checkpoint(step=100, tensors={}, options=options, fingerprint="")
+    checkpoints.save(tmp_path / "checkpoint.safetensors", done)
+    assert "--steps 100: the checkpoint" in refused(capsys, "--out", tmp_path, "--resume")
 
 
 def start(text, out, *arguments):
@@ -67,12 +90,16 @@ def start(text, out, *arguments):
 def test_from_the_command_line_to_the_last_file(text, tmp_path, capfd):
     out, summary_path = tmp_path / "out", tmp_path / "summary.json"
     arguments = [*SMALL, "--text", text, "--out", out, "--json", summary_path, "--steps", 30, "--check", "--ranks", 2]
+    arguments += ["--prompt", os.fsdecode(b"\xff")]
     assert demo.run(parse(*arguments)) == 0
     summary = json.loads(summary_path.read_text())
     assert {"initial_loss", "final_loss", "heldout_loss", "unigram_entropy", "check_max_loss_diff",
             "tokens_per_second", "expert_load_cv", "ranks", "backend"} <= summary.keys()  # fmt: skip
     assert summary["check_max_loss_diff"] < 1e-4
     assert summary["final_loss"] < summary["initial_loss"]
+    assert 0 < summary["exchange_time_share"] < 1
+    assert summary["expert_load_cv"] > 0
+    assert summary["sample"].startswith("\ufffd")
     assert (summary["ranks"], summary["backend"], summary["check_passed"]) == (2, "torch", True)
     files = {"loss.png", "expert_load.png", "timeline.png", "metrics.json", "checkpoint.safetensors"}
     assert {path.name for path in out.iterdir()} == files
@@ -83,16 +110,31 @@ def test_from_the_command_line_to_the_last_file(text, tmp_path, capfd):
     assert "step 30/30" in printed
     assert describe(DemoOptions(out=out), summary) in printed
 
-    parser = argparse.ArgumentParser()
-    demo.add_generate_arguments(parser)
     checkpoint = str(out / "checkpoint.safetensors")
-    args = parser.parse_args(["--checkpoint", checkpoint, "--prompt", "router", "--bytes", "12"])
+    args = parse_generate("--checkpoint", checkpoint, "--prompt", "router", "--bytes", "12")
     assert demo.run_generate(args) == 0
     assert capfd.readouterr().out.startswith("router")
+    args.prompt = os.fsdecode(b"\xff")
+    assert demo.run_generate(args) == 0
+    assert capfd.readouterr().out.startswith("\ufffd")
     args.checkpoint = out / "loss.png"
     assert demo.run_generate(args) == 2
     # The checkpoint holds every expert, whatever the ranks.
     assert load_unsharded(checkpoints.load(Path(checkpoint)), CPU).moe_layers()[0].experts.num_local_experts == 4
+
+
+def test_under_torchrun(text, tmp_path):
+    out, summary_path = tmp_path / "out", tmp_path / "summary.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe_ep"]
+    command += ["demo", *SMALL, "--text", text, "--out", out, "--json", summary_path, "--steps", "3", "--check", "3"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(summary_path.read_text())
+    assert (summary["ranks"], summary["step"], summary["check_passed"]) == (2, 3, True)
+    # Rank 0 alone speaks.
+    assert done.stdout.count("step 3/3") == 1
+    assert (out / "timeline.png").exists()
 
 
 def test_ctrl_c_ends_every_process_and_keeps_a_checkpoint(text, tmp_path):
@@ -122,6 +164,12 @@ def test_ranks_end_when_their_parent_is_killed(text, tmp_path):
     process.kill()
     process.communicate(timeout=60)
     assert_gone(children)
+
+
+def parse_generate(*arguments):
+    parser = argparse.ArgumentParser()
+    demo.add_generate_arguments(parser)
+    return parser.parse_args(arguments)
 
 
 def children_of(pid):

@@ -3,7 +3,7 @@ from dataclasses import replace
 import torch
 
 from moe_ep.cli.demo.model import LanguageModel
-from moe_ep.cli.demo.sampling import generate, printable
+from moe_ep.cli.demo.sampling import generate, printable, prompt_bytes
 from tests.cli.demo.common import CPU, MODEL
 
 
@@ -40,6 +40,15 @@ def test_sampling_is_deterministic_and_reads_no_more_than_the_context():
     assert greedy == generate(model, prompt, num_bytes=6, temperature=1.0, top_k=1, seed=5)
     warm = [generate(model, prompt, num_bytes=6, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
+    # The logits over it are beyond what fp64 holds.
+    assert greedy == generate(model, prompt, num_bytes=6, temperature=1e-320)
+
+
+def test_a_prompt_is_the_bytes_that_were_typed():
+    # What Python makes of a command line's bytes that are no UTF-8.
+    typed = b"d\xff\xc3\xa9".decode(errors="surrogateescape")
+    assert prompt_bytes(typed) == b"d\xff\xc3\xa9"
+    assert prompt_bytes("") == b"\n"
 
 
 def test_samples_cannot_steer_the_terminal():

@@ -25,6 +25,9 @@ def test_defaults():
         (["--hidden", 100, "--heads", 8], "--hidden 100"),
         (["--device", "cuda"], "no GPU"),
         (["--temperature", -1], "--temperature -1"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--temperature", "inf"], "--temperature inf"),
+        (["--sample-bytes", -1], "--sample-bytes -1"),
         (["--seed", -1], "--seed -1"),
         (["--warmup", -1], "--warmup -1"),
     ],
@@ -54,6 +57,30 @@ def test_checkpoint_gives_what_is_not_given():
     assert (options.steps, options.train.decay_steps) == (400, 500)
     with pytest.raises(UsageError, match="--hidden 32 differs from the checkpoint's 64"):
         resolved("--hidden", 32, remembered=remembered)
+
+
+def test_a_checkpoint_gives_its_steps_also_where_they_are_below_the_default():
+    remembered = {"model": {}, "train": {}, "steps": 100}
+    assert resolved(remembered=remembered).steps == 100
+    assert resolved("--steps", 150, remembered=remembered).steps == 150
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["--steps", "abc"], "argument --steps: 'abc' is not a whole number of 1 or more"),
+        (["--steps", "0"], "argument --steps: '0' is not a whole number of 1 or more"),
+        (["--check", "1.5"], "argument --check: '1.5' is not a whole number of 1 or more"),
+        (["--lr", "fast"], "argument --lr: 'fast' is not a finite number above 0"),
+        (["--lr", "0"], "argument --lr: '0' is not a finite number above 0"),
+        (["--lr", "inf"], "argument --lr: 'inf' is not a finite number above 0"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_what_is_wanted(capsys, arguments, rule):
+    with pytest.raises(SystemExit) as caught:
+        parse(*arguments)
+    assert caught.value.code == 2
+    assert rule in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_short_runs_share_one_schedule():

@@ -9,8 +9,8 @@ from moe_ep.cli.demo import plots
 from moe_ep.cli.demo.options import DemoOptions, UsageError
 from moe_ep.cli.demo.processes import Failure
 from moe_ep.cli.demo.progress import ConsoleReporter, StepReport
-from moe_ep.cli.demo.report import check_passed, imbalance
-from moe_ep.cli.demo.tracing import Span
+from moe_ep.cli.demo.report import check_passed, imbalance, load_variation
+from moe_ep.cli.demo.tracing import Span, exchange_share
 from moe_ep.cli.demo.train import History
 from moe_ep.errors import PeerTimeoutError
 from tests.cli.demo.common import MODEL
@@ -47,6 +47,25 @@ def test_a_terminal_gets_a_bar_that_ends(monkeypatch):
 def test_imbalance_is_one_when_even():
     assert imbalance(torch.tensor([[5, 5], [5, 5]])) == 1
     assert imbalance(torch.tensor([[6, 2], [8, 0]])) == 1.75
+
+
+def test_load_variation_is_of_the_sum_of_the_last_steps():
+    # Loads 6 and 2 deviate by 2 from their mean 4, loads 8 and 0 by 4: 0.5 and 1 of it.
+    uneven = torch.tensor([[6, 2], [8, 0]], dtype=torch.int32)
+    assert load_variation(History(load=[uneven])) == 0.75
+    assert load_variation(History(load=[uneven, uneven.flip(1)])) == 0
+    # Only the last 50 steps count.
+    assert load_variation(History(load=[uneven, *[torch.full((2, 2), 3, dtype=torch.int32)] * 50])) == 0
+    assert load_variation(History(load=[torch.full((2, 2), 3, dtype=torch.int32), *[uneven] * 50])) == 0.75
+
+
+def test_exchange_share_is_the_time_of_the_exchanges_over_that_of_the_step():
+    def span(lane, start, end):
+        return Span(lane=lane, name="any", backward=False, start=start, end=end)
+
+    spans = [span("compute", 0.0, 3.0), span("exchange", 0.5, 1.0), span("exchange", 2.0, 2.25)]
+    assert exchange_share(spans, 3.0) == 0.25
+    assert exchange_share(spans[:1], 3.0) == 0
 
 
 @pytest.mark.parametrize(

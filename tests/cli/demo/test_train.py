@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_ep.cli import demo
 from moe_ep.cli.demo import checkpoint as checkpoints
+from moe_ep.cli.demo import plots
 from moe_ep.cli.demo.corpus import heldout_windows, load_corpus
 from moe_ep.cli.demo.progress import SilentReporter
 from moe_ep.cli.demo.train import Trainer
 from moe_ep.cli.demo.worker import InterruptedRunError, Run
-from tests.cli.demo.common import CPU, MODEL, small_options
+from tests.cli.demo.common import CPU, MODEL, SMALL, parse, small_options
 
 
 def train_on_rank(ctx, options):
@@ -32,6 +34,28 @@ def run_on_rank(ctx, options, stop_at=None):
         return len(asked) == stop_at and ctx.rank == ctx.world_size - 1
 
     return Run(options, group=ctx.group, reporter=SilentReporter(), stop=stop).complete()
+
+
+def timeline_on_rank(ctx, options):
+    """The spans of this rank's last step, and those of all ranks that the timeline was drawn from (rank 0 only)."""
+    drawn = []
+    original = plots.plot_timeline
+    plots.plot_timeline = lambda path, spans, **_: drawn.extend(spans)
+    try:
+        run = Run(options, group=ctx.group, reporter=SilentReporter(), stop=lambda: False)
+        run.complete()
+    finally:
+        plots.plot_timeline = original
+    return run.spans, drawn
+
+
+def check_with_fault(ctx, options):
+    """A run on the ranks of the pool in which the last rank begins with one wrong weight of one of its experts."""
+    run = Run(options, group=ctx.group, reporter=SilentReporter(), stop=lambda: False)
+    if ctx.rank == ctx.world_size - 1:
+        with torch.no_grad():
+            run.trainer.model.moe_layers()[0].experts.w_down[0, 0, 0] += 1
+    return run.complete()
 
 
 def trace_step(ctx, options):
@@ -122,6 +146,21 @@ def test_a_step_is_traced_from_attention_to_optimizer(ranks, text):
         exchanges = [span for span in spans if span.lane == "exchange"]
         assert len(exchanges) == 4 * MODEL.layers
         assert all(0 <= span.start <= span.end for span in spans)
+
+
+def test_the_timeline_shows_what_each_rank_measured(ranks, text, tmp_path):
+    results = ranks(2, timeline_on_rank, small_options(text, tmp_path, ranks=2, steps=2), timeout=120)
+    measured = [spans for spans, _ in results]
+    assert all(spans for spans in measured)
+    assert measured[0] != measured[1]
+    assert results[0][1] == measured
+
+
+def test_the_check_finds_one_wrong_expert_weight(ranks, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "launch", lambda options, _: ranks(2, check_with_fault, options, timeout=120)[0])
+    arguments = [*SMALL, "--text", text, "--out", tmp_path, "--device", "cpu", "--ranks", 2, "--steps", 3, "--check", 3]
+    assert demo.run(parse(*arguments)) == 1
+    assert "--check found a loss difference" in capsys.readouterr().err
 
 
 def test_bfloat16_trains(ranks, text):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moe_ep.backends.cuda import load_extension
-from moe_ep.cli.bench.cases import Shape
+from moe_ep.cli.bench.cases import Shape, check_shape
 from moe_ep.cli.bench.gpu.baselines import measure_baselines
 from moe_ep.cli.bench.gpu.context import Context, Settings
 from moe_ep.cli.bench.gpu.curves import measure_laps, measure_sms
@@ -117,14 +117,11 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 
 def check_ranks(ranks: int, settings: Settings) -> None:
-    """Raise ValueError unless the experts can be spread over so many ranks of one node."""
+    """Raise ValueError unless the layers can be spread over so many ranks of one node."""
     if not 1 <= ranks <= _MOST_RANKS:
         raise ValueError(f"ranks={ranks} must be 1 to {_MOST_RANKS}")
-    for experts in (settings.shape.experts, settings.layer.experts):
-        if experts % ranks:
-            raise ValueError(
-                f"experts={experts} cannot be spread evenly over ranks={ranks}; choose E as a multiple of {ranks}"
-            )
+    for shape in (settings.shape, settings.layer):
+        check_shape(shape, ranks=ranks, dtype=torch.bfloat16)
 
 
 @torch.no_grad()
