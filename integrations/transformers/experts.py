@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -109,6 +111,7 @@ class LocalExperts:
                     f"DistributedDataParallel averages {name} over ranks with other experts: parallelize the outermost "
                     "module, or call ignore_experts_in_ddp(module) on it, before wrapping it"
                 )
+        _check_trainer()
         self._checked_ddp = weakref.ref(ddp)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalExperts:
@@ -127,6 +130,24 @@ class LocalExperts:
             "a parallelized model belongs to its process group and does not pickle: use "
             "moe_ep.integrations.transformers.save_pretrained, or torch.save(model.state_dict()) for each rank"
         )
+
+
+def _check_trainer() -> None:
+    """Raise where a Trainer of transformers that knows nothing of spread experts runs this forward.
+
+    Neither the model nor DDP knows its Trainer: the calls that led here do.
+    """
+    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    frame: types.FrameType | None = sys._getframe()
+    while trainer is not None and frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, trainer) and not getattr(caller, "trains_spread_experts", False):
+            raise ValueError(
+                f"{type(caller).__name__} clips by the norm of each rank's own experts, and copies of the dense part "
+                "would drift apart: use moe_ep.integrations.transformers.trainer.ExpertParallelTrainer, or put "
+                "ExpertParallelMixin of that module before your subclass of Trainer"
+            )
+        frame = frame.f_back
 
 
 def _finish_gradient(gradient: Tensor, *, divisor: int, replicas: dist.ProcessGroup | None) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from moe_ep.buffer import resolve_group
@@ -15,13 +15,24 @@ from moe_ep.integrations.fsdp import clip_grad_norm_
 from moe_ep.integrations.transformers.checkpoint import gather_state_dict
 from moe_ep.integrations.transformers.experts import LocalExperts, shares
 
+_RELOAD = (
+    "a checkpoint holds the experts of all ranks, and loading it into a model that is parallelized already would leave "
+    "this rank's as they are: save with save_pretrained(model, folder), load folder with from_pretrained, and "
+    "parallelize the new model"
+)
+
 
 class ExpertParallelMixin:
     """Put before any subclass of ``transformers.Trainer``: clips by the whole model's norm and saves whole models.
 
+    Checkpoints are not loaded into the model that trains: ``train(resume_from_checkpoint=...)`` raises ValueError.
+
     Raises:
-        ValueError: a model that is not parallelized, or arguments that would resume from one rank's optimizer state.
+        ValueError: a model that is not parallelized, or arguments by which it would be saved in part or loaded again.
     """
+
+    # Without it, spread experts refuse to be trained by a Trainer.
+    trains_spread_experts = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,6 +50,12 @@ class ExpertParallelMixin:
         dist.barrier()
         if trainer.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        raise ValueError(f"train cannot resume from {resume_from_checkpoint}: {_RELOAD}")
+
+    def _load_best_model(self) -> None:
+        raise ValueError(f"the best checkpoint cannot be loaded after training: {_RELOAD}")
 
 
 class ExpertParallelTrainer(ExpertParallelMixin, Trainer):
@@ -58,6 +75,10 @@ def check_trainer(trainer: Any) -> None:
             "save_only_model=False would checkpoint the optimizer state of rank 0's experts alone: pass "
             'save_only_model=True, or save_strategy="no"'
         )
+    if args.load_best_model_at_end:
+        raise ValueError(f"load_best_model_at_end=True must be left out, because {_RELOAD}")
+    if args.resume_from_checkpoint:
+        raise ValueError(f"resume_from_checkpoint={args.resume_from_checkpoint!r} must be left out, because {_RELOAD}")
     if args.fp16:
         raise ValueError(
             "fp16=True skips steps by the gradients of each rank, and experts overflow on one rank: pass bf16=True"

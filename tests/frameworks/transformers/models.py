@@ -117,8 +117,8 @@ def make_ids(rank: int, step: int, batch: int = 2, length: int = 6) -> Tensor:
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """The model's own mean loss over its tokens."""
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
+    """The model's own mean loss over its tokens, of which the last predicts the first: none is without gradient."""
+    return model(input_ids=ids, labels=ids, shift_labels=ids.roll(-1, 1), use_cache=False).loss
 
 
 def whole(tensor: Tensor) -> Tensor:

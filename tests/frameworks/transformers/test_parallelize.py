@@ -78,8 +78,9 @@ def check_recompute(ctx: RankContext, theirs: list[Run], path: str, reentrant: b
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recompute(ranks, reentrant: bool) -> None:
-    path = saved_model("mixtral", 3)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_recompute(ranks, family: str, reentrant: bool) -> None:
+    path = saved_model(family, 3)
     ranks(2, check_recompute, reference(path, 2), path, reentrant)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from moe_ep.testing import RankContext
 from tests.frameworks.transformers.faults import FAULTS, planted
-from tests.frameworks.transformers.models import FAMILIES, loss_of, saved_model
+from tests.frameworks.transformers.models import FAMILIES, loss_of, make_ids, saved_model, whole
 from tests.frameworks.transformers.training import (
+    STEPS,
     Run,
     assert_same,
     assert_within_rounding,
@@ -22,6 +26,7 @@ from tests.frameworks.transformers.training import (
     reference,
     stable_sorts,
     train,
+    unsharded,
 )
 
 FSDP = {"fsdp_size": 2, "ep_size": 2}
@@ -35,6 +40,7 @@ def sharded_run(
     *,
     sgd: bool = False,
     checkpointing: bool | None = None,
+    batch: Callable[[int, int], Tensor] = ids_of,
 ) -> tuple[Run, int]:
     """Trains in fp32; returns what this rank saw and which data it had."""
     model = load_sharded(ctx, path, implementation, sizes)
@@ -42,25 +48,25 @@ def sharded_run(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
     data_rank = ctx.rank // sizes.get("tp_size", 1)
     with stable_sorts():
-        run = train(model, lambda step: ids_of(data_rank, step), sgd=sgd)
+        run = train(model, lambda step: batch(data_rank, step), sgd=sgd)
     if implementation == "moe_ep":
-        check_one_buffer(model)
+        check_dispatchers(model, checkpointing is not None)
     return run, data_rank
 
 
-def check_one_buffer(model: torch.nn.Module) -> None:
+def check_dispatchers(model: torch.nn.Module, recomputed: bool) -> None:
     from moe_ep.integrations.transformers import dispatchers
 
     by_layer = dispatchers(model)
     assert by_layer
     assert all(len(one) == 1 for one in by_layer.values())
     assert len({id(one.buffer) for (one,) in by_layer.values()}) == 1
+    # Per step: dispatch and combine, once more under recomputation, and both backward.
+    assert {one.stats()["exchanges"] for (one,) in by_layer.values()} == {STEPS * (6 if recomputed else 4)}
 
 
-def check_unsharded(
-    ctx: RankContext, theirs: list[Run], path: str, sizes: dict, checkpointing: bool | None = None
-) -> None:
-    run, data_rank = sharded_run(ctx, path, "moe_ep", sizes, sgd=True, checkpointing=checkpointing)
+def check_unsharded(ctx: RankContext, theirs: list[Run], path: str, sizes: dict, **options: Any) -> None:
+    run, data_rank = sharded_run(ctx, path, "moe_ep", sizes, sgd=True, **options)
     assert_within_rounding(run, theirs[data_rank])
 
 
@@ -97,10 +103,37 @@ def test_layouts(ranks, num_ranks: int, family: str, sizes: dict) -> None:
     ranks(num_ranks, check_unsharded, reference(path, data_ranks, torch.float32), path, sizes)
 
 
+def odd_ids(data_rank: int, step: int) -> Tensor:
+    """Five or three tokens, which two ranks that hold the same batch cannot halve."""
+    return make_ids(data_rank, step, batch=1, length=(5, 3)[(data_rank + step) % 2])
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "family", "sizes"),
+    [
+        (2, "qwen2_moe", {"tp_size": 2, "ep_size": 2}),
+        (4, "qwen3_moe", {"tp_size": 2, "fsdp_size": 2, "ep_size": 4}),
+    ],
+)
+def test_tokens_that_tensor_parallel_ranks_do_not_divide(ranks, num_ranks: int, family: str, sizes: dict) -> None:
+    path = saved_model(family, 3)
+    theirs = unsharded(load(path, torch.float32), num_ranks // 2, sgd=True, batch=odd_ids)
+    ranks(num_ranks, check_odd_tokens, theirs, path, sizes)
+
+
+def check_odd_tokens(ctx: RankContext, theirs: list[Run], path: str, sizes: dict) -> None:
+    check_unsharded(ctx, theirs, path, sizes, batch=odd_ids)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recompute(ranks, reentrant: bool) -> None:
-    path = saved_model("qwen2_moe", 3)
-    ranks(2, check_unsharded, reference(path, 2, torch.float32), path, FSDP, reentrant)
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_recompute(ranks, family: str, reentrant: bool) -> None:
+    path = saved_model(family, 3)
+    ranks(2, check_recompute, reference(path, 2, torch.float32), path, reentrant)
+
+
+def check_recompute(ctx: RankContext, theirs: list[Run], path: str, reentrant: bool) -> None:
+    check_unsharded(ctx, theirs, path, FSDP, checkpointing=reentrant)
 
 
 def save_and_reload(ctx: RankContext, path: str, folder: str, sizes: dict) -> None:
@@ -108,13 +141,16 @@ def save_and_reload(ctx: RankContext, path: str, folder: str, sizes: dict) -> No
     run = train(model, lambda step: ids_of(ctx.rank // sizes.get("tp_size", 1), step), steps=1)
     model.save_pretrained(folder)
     torch.distributed.barrier()
-    plain = dict(load(folder, torch.float32).named_parameters())
-    assert plain.keys() == run.parameters.keys()
-    assert all(torch.equal(plain[name], run.parameters[name]) for name in plain)
+    plain = load(folder, torch.float32)
+    expected = run.parameters | {name: whole(buffer) for name, buffer in model.named_buffers()}
+    found = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"), [("mixtral", FSDP), ("gpt_oss", FSDP), ("qwen2_moe", {"tp_size": 2, "ep_size": 2})]
+    ("family", "sizes"), [*((family, FSDP) for family in FAMILIES), ("qwen2_moe", {"tp_size": 2, "ep_size": 2})]
 )
 def test_a_saved_model_loads_without_ranks(ranks, tmp_path: Path, family: str, sizes: dict) -> None:
     ranks(2, save_and_reload, saved_model(family), str(tmp_path), sizes)

@@ -79,14 +79,21 @@ def train(
     return Run(losses, grads, gather(dict(model.named_parameters())))
 
 
-def unsharded(model: nn.Module, num_ranks: int, steps: int = STEPS, *, sgd: bool = False) -> list[Run]:
+def unsharded(
+    model: nn.Module,
+    num_ranks: int,
+    steps: int = STEPS,
+    *,
+    sgd: bool = False,
+    batch: Callable[[int, int], Tensor] = ids_of,
+) -> list[Run]:
     """The same steps in one process: the mean over ranks of each rank's loss is minimised."""
     optimizer, losses, grads = make_optimizer(model, sgd=sgd), [[] for _ in range(num_ranks)], {}
     model.train()
     for step in range(steps):
         optimizer.zero_grad()
         for rank in range(num_ranks):
-            loss = loss_of(model, ids_of(rank, step))
+            loss = loss_of(model, batch(rank, step))
             (loss / num_ranks).backward()
             losses[rank].append(loss.item())
         if step == 0:
