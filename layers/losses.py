@@ -6,13 +6,22 @@ that went to expert i, P_i the mean probability of expert i; counts carry no gra
 Convention: ``scope="rank"`` is the loss of this rank's own batch. ``scope="group"`` returns, on every rank, the loss of
 the whole batch of the group, with gradients that are exact for it once gradients are *averaged* over the ranks of the
 group, as DDP and FSDP do. So a loss of either scope is added to a rank's loss like any other term. Both are linear in
-the probabilities, so a rank needs the others' sums but no gradient from them: one all-reduce forward, none backward.
+the probabilities, so a rank needs the others' sums but no gradient from them: one sum over ranks forward, none
+backward.
+
+A ProcessGroup sums with its own all-reduce: on a GPU it is queued on the device and the host does not wait; on a CPU
+the host waits for as long as the group's timeout lets it, and a failure is what torch raises. A Buffer sums over its
+control plane on the host: the wait is bounded by ``timeout_s``, a missing rank is named, and an error of one rank that
+is told through the Buffer reaches all.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from moe_ep.backends.control import Call
+from moe_ep.buffer import Buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +52,7 @@ class RouterLosses:
         probs: torch.Tensor,
         counts: torch.Tensor,
         top_k: int,
-        group: dist.ProcessGroup | None,
+        group: dist.ProcessGroup | Buffer | None,
     ) -> dict[str, torch.Tensor]:
         """Computes the losses that have a coefficient, multiplied by it.
 
@@ -52,11 +61,14 @@ class RouterLosses:
             probs: [B, S, E], rows that sum to 1, differentiable.
             counts: int64 [B, E] choices of each sequence.
             top_k: K.
-            group: the ranks whose tokens make the batch; None for this rank's own. With a group the call is collective
-                and waits for the group as an all-reduce does.
+            group: the ranks whose tokens make the batch; None for this rank's own. With a group, or with the Buffer
+                of one, the call is collective and waits as the module says.
 
         Returns:
             0-dim tensors under the names ``aux_loss``, ``seq_aux_loss`` and ``z_loss``; 0 for an empty batch.
+
+        Raises:
+            MoeEpError: with a Buffer, whatever its exchanges raise.
         """
         num_seqs, seq_len, _ = probs.shape
         sums = probs.sum(1)
@@ -88,24 +100,36 @@ class _Terms:
         )
 
     def pack(self) -> torch.Tensor:
-        """fp64 [2E + 4]: exact for counts, and one all-reduce for all."""
+        """fp64 [2E + 4]: exact for counts, and one sum over ranks for all."""
         numbers = self.prob_sums.new_tensor([self.num_tokens, self.num_seqs], dtype=torch.float64)
         parts = (self.counts, self.prob_sums, self.seq_sum[None], self.z_sum[None])
         return torch.cat([*(part.detach().double() for part in parts), numbers])
 
 
-def _group_losses(terms: _Terms, top_k: int, group: dist.ProcessGroup) -> tuple[torch.Tensor, ...]:
+def _group_losses(terms: _Terms, top_k: int, group: dist.ProcessGroup | Buffer) -> tuple[torch.Tensor, ...]:
     packed = terms.pack()
-    dist.all_reduce(packed, group=group)
+    if isinstance(group, Buffer):
+        packed, scale = _sum_over_ranks(packed, group), group.group_size
+    else:
+        dist.all_reduce(packed, group=group)
+        scale = dist.get_world_size(group)
     num_experts = terms.counts.shape[0]
     counts, prob_sums, rest = packed.split([num_experts, num_experts, 4])
     seq_sum, z_sum, num_tokens, num_seqs = rest.unbind()
     whole = _Terms(counts, prob_sums, seq_sum, z_sum, num_tokens, num_seqs)
     share = _Terms(counts, terms.prob_sums, terms.seq_sum, terms.z_sum, num_tokens, num_seqs)
-    scale = dist.get_world_size(group)
     # The value is the whole batch's; the gradient is this rank's share of it, times the ranks it will be averaged over.
     pairs = zip(whole.losses(top_k), share.losses(top_k), strict=True)
     return tuple(value.to(part.dtype) + (part - part.detach()) * scale for value, part in pairs)
+
+
+def _sum_over_ranks(numbers: torch.Tensor, buffer: Buffer) -> torch.Tensor:
+    """fp64 [n] summed in rank order: the same bits on all ranks. The host waits."""
+    # Headers carry integers from 0 to below 2**31: a double travels as four of 16 bits.
+    words = numbers.view(torch.uint16).to("cpu", torch.int64)
+    call = Call.of("settings", f"the sum of {numbers.numel()} numbers for the losses of a router")
+    table = buffer.run(lambda: buffer.control.open(call, words))
+    return table.to(torch.uint16).view(torch.float64).sum(0).to(numbers.device)
 
 
 def balance_loss(

@@ -1,14 +1,17 @@
 """The whole MoE layer: router, exchange, experts, shared expert."""
 
-from typing import Any, Literal, overload
+import contextlib
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe_ep.buffer import Buffer
 from moe_ep.config import Capacity
 from moe_ep.dispatcher import Dispatched, TokenDispatcher
+from moe_ep.errors import MoeEpError
 from moe_ep.layers.experts import Activation, ExpertWeights, GroupedExperts
 from moe_ep.layers.router import Routing, TopKRouter, in_backward
 from moe_ep.layers.shared import SharedExpert
@@ -25,10 +28,15 @@ class MoELayer(nn.Module):
     Expert parameters belong to this rank alone (``allreduce = False``): keep them out of data-parallel averaging with
     ``ignore_experts_in_ddp(model)`` before DDP, or ``ignored_params=set(layer.experts.parameters())`` in FSDP2's
     ``fully_shard``, and divide their gradients with ``scale_expert_gradients``, which says why. FSDP2 shards the layer
-    as one unit: the halves of the shared expert are called from this layer's forward, not through its own.
+    as one unit: the halves of the shared expert are called from this layer's forward, not through its own. Do so
+    without ``mp_policy``, which would cast the input but not the ignored experts; for mixed precision use
+    ``moe_ep.integrations.fsdp.apply_ep`` instead.
 
     Auxiliary losses enter the gradient by themselves, on the edge of the router weights, scaled by
-    ``router.loss_scale``; under checkpointing, DDP and pipelines nothing else is needed.
+    ``router.loss_scale``; under checkpointing, DDP and pipelines nothing else is needed. With ``scope="group"`` they
+    are summed over the ranks: on a CPU through the dispatcher's Buffer, with ``timeout_s`` and the errors of its
+    exchanges; on a GPU, under ``torch.compile`` and in a router of another class by the group's own all-reduce, which
+    the group's own timeout bounds.
 
     ``torch.compile(fullgraph=True)`` works with ``num_chunks=1``; exchanges are then synchronous and ``late_wgrad`` has
     no effect. With more chunks the exchanges break the graph.
@@ -39,8 +47,8 @@ class MoELayer(nn.Module):
         intermediate_size: I of the routed experts.
         num_experts: E, a multiple of the ranks.
         top_k: K.
-        router: a router of E experts and K choices, whose routing may hold -1 for no choice; None makes a
-            :class:`TopKRouter` with ``router_options``.
+        router: a router of H, E and K, whose routing may hold -1 for no choice; None makes a :class:`TopKRouter` with
+            ``router_options``.
         shared_intermediate_size: I of the shared expert; 0 for none.
         shared_gate: give the shared expert a sigmoid gate.
         activation: of all experts, see :class:`GroupedExperts`.
@@ -113,6 +121,8 @@ class MoELayer(nn.Module):
             raise ValueError(f"num_chunks is {num_chunks}: it must be at least 1; 1 exchanges all tokens at once")
         if router is not None and router_options:
             raise ValueError(f"router and {sorted(router_options)} are both given: give these options to the router")
+        if router is not None:
+            _check_router(router, hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
         dtype = dtype or torch.get_default_dtype()
         self.hidden_size, self.num_experts, self.num_chunks = hidden_size, num_experts, num_chunks
         self.dispatcher = TokenDispatcher(
@@ -174,11 +184,23 @@ class MoELayer(nn.Module):
             [..., H] of the rows' dtype; with ``return_losses`` also the losses by name, 0-dim, times coefficients.
 
         Raises:
-            ValueError: wrong last dimension or dtype.
+            ValueError: no tensor, wrong last dimension or dtype, here; the other ranks get PeerAbortedError. They do
+                for whatever else this rank's router raises, unless they sum losses by an all-reduce of the group, which
+                waits for this rank. What is raised while ``torch.compile`` traces one graph is not told.
             MoeEpError: whatever the exchange raises.
         """
-        dtype = self._rows_dtype(x)
-        routing = self.router(x, group=self.dispatcher.group, return_losses=return_losses)
+        group = self._loss_group()
+        try:
+            dtype = self._rows_dtype(x)
+        # Here and below, whatever it is: peers wait for this rank.
+        except Exception as error:
+            self._refuse(error, group, return_losses)
+        try:
+            routing = self.router(x, group=group, return_losses=return_losses)
+        except MoeEpError:
+            raise
+        except Exception as error:
+            self._refuse(error)
         if not in_backward():
             self.tokens_per_expert += routing.tokens_per_expert
         tokens = x.reshape(-1, self.hidden_size).contiguous()
@@ -230,8 +252,36 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         return f"num_chunks={self.num_chunks}"
 
+    def _loss_group(self) -> dist.ProcessGroup | Buffer | None:
+        """Over what the router sums its losses; the same on all ranks, whatever their input."""
+        group, device = self.dispatcher.group, self.experts.w_gate_up.device
+        if group is None or device.type != "cpu" or torch.compiler.is_compiling():
+            return group
+        return self.dispatcher.buffer if isinstance(self.router, TopKRouter) else group
+
+    def _refuse(
+        self, error: Exception, group: dist.ProcessGroup | Buffer | None = None, return_losses: bool = False
+    ) -> NoReturn:
+        """Raises an error of this rank's input after telling the peers.
+
+        Args:
+            error: what is wrong.
+            group: over which the peers' routers may be summing losses with a collective of their own, which cannot
+                carry an error: this rank takes part in it with no tokens. None where it did already.
+            return_losses: of the forward.
+        """
+        if isinstance(group, dist.ProcessGroup):
+            weight = self.experts.w_gate_up
+            nothing = torch.empty(0, self.hidden_size, device=weight.device, dtype=weight.dtype)
+            # What is wrong may show here again.
+            with torch.no_grad(), contextlib.suppress(Exception):
+                self.router(nothing, group=group, return_losses=return_losses)
+        self.dispatcher._live().refuse("plan" if self.num_chunks > 1 else "dispatch", error)
+
     def _rows_dtype(self, x: torch.Tensor) -> torch.dtype:
-        if x.shape[-1] != self.hidden_size:
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"x is {type(x).__name__}: pass a tensor [..., {self.hidden_size}]")
+        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x has shape {list(x.shape)}: its last dimension must be hidden_size={self.hidden_size}")
         # Autocast leaves fp64 alone, here as in torch.
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -295,3 +345,14 @@ class MoELayer(nn.Module):
 
     def _combine_weights(self, routed: Dispatched) -> torch.Tensor | None:
         return routed.weights if self.dispatcher.weights == "combine" else None
+
+
+def _check_router(router: nn.Module, **sizes: int) -> None:
+    """Compares sizes of a given router with the layer's, where it says them."""
+    for name, wanted in sizes.items():
+        value = getattr(router, name, wanted)
+        if value != wanted:
+            raise ValueError(
+                f"router has {name}={value}: it must be the layer's {name}={wanted}; build the router with that, or "
+                f"pass {name}={value} to the layer"
+            )

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from moe_ep.buffer import Buffer
 from moe_ep.layers.functions import AttachLoss
 from moe_ep.layers.losses import RouterLosses, count_choices
 from moe_ep.layers.seeding import assign, seeded_uniform
@@ -57,7 +58,7 @@ class TopKRouter(nn.Module):
         seq_aux_loss_coef: coefficient of the load balance loss over each sequence.
         z_loss_coef: coefficient of the squared log-sum-exp of the logits.
         scope: ``"rank"`` computes losses over this rank's tokens, ``"group"`` over those of all ranks of the group;
-            :mod:`moe_ep.layers.losses` states the convention. ``"group"`` costs one small all-reduce per forward.
+            :mod:`moe_ep.layers.losses` states the convention. ``"group"`` costs one small sum over ranks per forward.
         force_balance: choose experts round-robin instead of by score, for benchmarks; weights stay differentiable.
         seed: of the parameters.
         layer_idx: which layer of the model this is; another layer draws other numbers.
@@ -133,14 +134,16 @@ class TopKRouter(nn.Module):
             self.bias_counts.zero_()
 
     def forward(
-        self, x: torch.Tensor, *, group: dist.ProcessGroup | None = None, return_losses: bool = False
+        self, x: torch.Tensor, *, group: dist.ProcessGroup | Buffer | None = None, return_losses: bool = False
     ) -> Routing:
-        """Routes a batch. Never waits for the device.
+        """Routes a batch. Never waits for the device, but where losses are summed through a Buffer.
 
         Args:
             x: [..., S, H] floating point; all but the last two dimensions count sequences, [T, H] is one sequence, [H]
                 is one token.
-            group: ranks of ``scope="group"``; the call is then collective while losses are computed. None: this rank.
+            group: ranks of ``scope="group"``; the call is then collective while losses are computed. A ProcessGroup
+                all-reduces, on its device; a Buffer sums on the host, with the bound and the errors of its exchanges.
+                None: this rank.
             return_losses: return the losses differentiable instead of attaching them to the weights.
 
         Returns:

@@ -266,12 +266,13 @@ class Exchanger:
     def _agree_tokens(self, largest: int) -> int:
         """The T that ``Capacity(factor=...)`` is meant for: given, or that of the first exchange; never larger later.
 
-        Sizes must not depend on what came in between: a recomputed forward has to equal the first.
+        Sizes must not depend on what came in between: a recomputed forward has to equal the first. Exchanges before any
+        rank has tokens say nothing about sizes and do not count.
         """
         spec = self.spec
         if spec.max_tokens_per_rank is not None:
             return spec.max_tokens_per_rank
-        if self._first_tokens is None:
+        if not self._first_tokens:
             self._first_tokens = max(largest, self.buffer.backend.reserved_tokens)
         if spec.capacity is not None and spec.capacity.factor is not None and largest > self._first_tokens:
             raise AgreedError(

@@ -229,6 +229,30 @@ def test_more_tokens_than_reserved_are_refused(ranks: Ranks) -> None:
     assert all("5 tokens" in text for text in ranks(2, too_many_tokens))
 
 
+def start_without_tokens(ctx: RankContext) -> tuple[list, str]:
+    case = Case(tokens=(5, 3), num_experts=4, top_k=2, capacity=Capacity(factor=2.0), max_tokens_per_rank=5)
+    nothing, more = replace(case, tokens=(0, 0)), replace(case, tokens=(6, 1))
+    # Another test may have reserved memory, and with it a size, on the shared group.
+    dispatcher = case.dispatcher(ctx.new_group(), max_tokens_per_rank=None)
+    shapes = []
+    for other in (nothing, nothing, case, nothing):
+        x = other.x(ctx.rank)
+        routed = dispatcher.dispatch(x, *other.routing(ctx.rank))
+        shapes.append(tuple(routed.x.shape))
+        assert dispatcher.combine(routed.x, routed.handle, routed.weights).shape == x.shape
+    round_trip(ctx, case, dispatcher)
+    with pytest.raises(ValueError, match="pass max_tokens_per_rank") as caught:
+        dispatcher.dispatch(more.x(ctx.rank), *more.routing(ctx.rank))
+    return shapes, str(caught.value)
+
+
+def test_a_factor_is_sized_by_the_first_exchange_that_has_tokens(ranks: Ranks) -> None:
+    for shapes, refused in ranks(2, start_without_tokens):
+        # Two local experts of 2.0 * R * 5 * K / E = 10 rows each; of one each, the least there is, before anyone knows.
+        assert shapes == [(2, 8), (2, 8), (20, 8), (20, 8)]
+        assert "sends 6 tokens, but Capacity(factor=...) was sized for 5" in refused
+
+
 def test_public_names() -> None:
     assert moe_ep.Capacity is Capacity
     assert issubclass(CapacityError, moe_ep.errors.MoeEpError)

@@ -61,6 +61,26 @@ def test_expanded_rows_equal_plain_loops(dtype, activation, late):
     assert_equal_within(gradients(out, probe, *inputs), gradients(expected, probe, *inputs), dtype)
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_mm_computes_every_product_that_it_takes(monkeypatch, dtype, late):
+    multiply, calls = F.grouped_mm, []
+
+    def spy(*args, **options):
+        calls.append(options["offs"].tolist())
+        return multiply(*args, **options)
+
+    monkeypatch.setattr(F, "grouped_mm", spy)
+    experts = make_experts(dtype)
+    rows = draw(TOTAL, H, dtype=dtype).requires_grad_()
+    out = experts(rows, ENDS, weights=experts.weights(dtype).late() if late else None)
+    # Two products forward; backward for each of them the gradients of its rows and of its weight.
+    assert calls == [ENDS.tolist()] * 2
+    out.sum().backward()
+    assert calls == [ENDS.tolist()] * 6
+
+
 def test_widths_that_grouped_mm_refuses():
     experts = GroupedExperts(len(COUNTS), hidden_size=17, intermediate_size=5, dtype=torch.float32)
     rows = draw(TOTAL, 17, dtype=torch.float32).requires_grad_()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import moe_ep
 from moe_ep.layers import TopKRouter
 from moe_ep.layers.losses import balance_loss, count_choices
 from tests.layers import reference
@@ -46,10 +47,11 @@ def test_losses_equal_plain_loops(score_function):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
-def rank_losses(ctx, scope, attached):
+def rank_losses(ctx, scope, attached, through_buffer=False):
     x = batch(sum(NUM_SEQS[ctx.world_size])).split(NUM_SEQS[ctx.world_size])[ctx.rank].requires_grad_()
     router = make_router(scope)
-    routing = router(x, group=ctx.group, return_losses=not attached)
+    group = moe_ep.Buffer.for_group(ctx.group, timeout_s=20) if through_buffer else ctx.group
+    routing = router(x, group=group, return_losses=not attached)
     if attached:
         (0 * routing.topk_weights).sum().backward()
     else:
@@ -57,10 +59,11 @@ def rank_losses(ctx, scope, attached):
     return {name: loss.detach() for name, loss in routing.losses.items()}, x.grad, router.weight.grad
 
 
+@pytest.mark.parametrize("through_buffer", [False, True])
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_group_scope_is_the_loss_of_the_whole_batch(ranks, num_ranks, attached):
-    results = ranks(num_ranks, rank_losses, "group", attached)
+def test_group_scope_is_the_loss_of_the_whole_batch(ranks, num_ranks, attached, through_buffer):
+    results = ranks(num_ranks, rank_losses, "group", attached, through_buffer)
     x = batch(sum(NUM_SEQS[num_ranks])).requires_grad_()
     router = make_router("rank")
     expected = expected_losses(x, router.weight)

@@ -7,7 +7,8 @@ import torch
 
 import moe_ep
 from moe_ep.errors import CapacityError
-from moe_ep.layers import MoELayer
+from moe_ep.layers import MoELayer, Routing, TopKRouter
+from moe_ep.layers.losses import count_choices
 from moe_ep.testing import uneven_tokens
 from tests.layers import reference
 
@@ -36,7 +37,7 @@ class Case:
 
     def layer(self, group, **options) -> MoELayer:
         common = {"hidden_size": H, "intermediate_size": WIDTH, "num_experts": E, "top_k": K, "seed": 5}
-        return MoELayer(group, **common, timeout_s=20, dtype=self.dtype, **self.options | options)
+        return MoELayer(group, **{**common, "timeout_s": 20, "dtype": self.dtype, **self.options, **options})
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,18 @@ def test_returned_losses_give_the_gradient_of_attached_ones(ranks):
         torch.testing.assert_close(returned, attached, rtol=0, atol=1e-13)
 
 
+def test_sequences_are_told_apart_for_the_loss_over_each():
+    layer = Case({"seq_aux_loss_coef": 0.5}).layer(None)
+    x = Case().batch(2)[0].view(2, TOKENS, H)
+    _, losses = layer(x, return_losses=True)
+    weight, per_seq = layer.router.weight, []
+    for seq in x:
+        ids, _ = reference.softmax_routing(seq, weight, K)
+        per_seq.append(0.5 * reference.switch_loss((seq @ weight.T).softmax(1), ids))
+    # fp64: sums of at most TOKENS * E terms of one sign.
+    torch.testing.assert_close(losses["seq_aux_loss"], sum(per_seq) / 2, rtol=1e-12, atol=0)
+
+
 def test_input_shapes_and_errors():
     layer = MoELayer(None, hidden_size=H, intermediate_size=WIDTH, num_experts=E, top_k=K)
     for shape in ((H,), (5, H), (2, 3, H), (2, 2, 2, H), (0, H), (2, 0, H)):
@@ -221,10 +234,34 @@ def test_input_shapes_and_errors():
         layer(torch.randn(3, H + 1))
     with pytest.raises(ValueError, match=r"x is torch.bfloat16 but the experts are torch.float32"):
         layer(torch.randn(3, H).bfloat16())
+    with pytest.raises(ValueError, match=r"x has shape \[\]"):
+        layer(torch.tensor(1.0))
     with pytest.raises(ValueError, match="num_chunks is 0"):
         Case({"num_chunks": 0}).layer(None)
     with pytest.raises(ValueError, match="are both given"):
         Case({"router": layer.router, "aux_loss_coef": 0.1}).layer(None)
+
+
+@pytest.mark.parametrize(("name", "value"), [("hidden_size", 8), ("num_experts", 6), ("top_k", 2)])
+def test_a_router_of_other_sizes_is_refused(name, value):
+    router = TopKRouter(**{"hidden_size": H, "num_experts": E, "top_k": K} | {name: value})
+    with pytest.raises(ValueError, match=rf"router has {name}={value}: it must be the layer's {name}=.*pass {name}"):
+        Case({"router": router}).layer(None)
+
+
+class UnknownSizes(torch.nn.Module):
+    """A router that does not say its sizes, and leaves out every second choice."""
+
+    def forward(self, x, *, group, return_losses):
+        ids = torch.arange(K).repeat(len(x), 1)
+        ids[:, 1] = -1
+        return Routing(topk_idx=ids, topk_weights=x[:, :K].clone(), tokens_per_expert=count_choices(ids.flatten(), E))
+
+
+def test_a_router_may_keep_its_sizes_to_itself():
+    layer = Case({"router": UnknownSizes()}).layer(None)
+    layer(Case().batch(1)[0])
+    assert layer.tokens_per_expert[:K].tolist() == [TOKENS, 0, TOKENS]
 
 
 def test_without_gradients():

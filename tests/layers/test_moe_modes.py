@@ -307,6 +307,9 @@ def schedule(ctx, options):
         layer.dispatcher.register_hook(f"{way}{kind}_{phase}", lambda event: seen.append(event.phase))
     layer.experts.w_gate_up.register_hook(lambda grad: seen.append("weight_gradient"))
     layer.shared_expert.w_gate_up.register_hook(lambda grad: seen.append("shared_gradient"))
+    layer.shared_expert.w_down.register_hook(lambda grad: seen.append("shared_down_gradient"))
+    second_half = layer.shared_expert.second_half
+    layer.shared_expert.second_half = lambda hidden: (seen.append("shared_down"), second_half(hidden))[1]
     (layer(x) * probe).sum().backward()
     return seen
 
@@ -319,9 +322,46 @@ def test_backward_hides_weight_gradients_under_the_reversed_dispatch(ranks):
         assert (launched < seen.index("weight_gradient") < ready) == late
 
 
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_the_shared_experts_second_product_runs_beside_combine(ranks, num_chunks):
+    seen = ranks(2, schedule, {"num_chunks": num_chunks})[0]
+    # The last launch of several comes before the first wait.
+    for way, work in (("", "shared_down"), ("backward_", "shared_down_gradient")):
+        launches = [i for i, name in enumerate(seen) if name == f"{way}combine_launched"]
+        assert len(launches) == num_chunks
+        assert launches[-1 if not way else 0] < seen.index(work) < seen.index(f"{way}combine_ready")
+
+
+def headers(ctx, num_chunks):
+    """The exchanges of a forward as their headers announce them, and whether counts of choices travel along."""
+    case = Case({"num_chunks": num_chunks})
+    layer, (x, _) = case.layer(ctx.group), own_batch(ctx, case)
+    control, seen = layer.dispatcher.buffer.control, []
+    begin = control.begin
+
+    def record(call, words=None, *others):
+        seen.append((call.kind, words is not None))
+        return begin(call, words, *others)
+
+    control.begin = record
+    try:
+        layer(x)
+    finally:
+        control.begin = begin
+    return seen
+
+
+def test_chunks_are_planned_in_one_exchange(ranks):
+    for seen in ranks(2, headers, 3):
+        assert seen.count(("plan", True)) == 1
+        assert seen.count(("dispatch", False)) == seen.count(("combine", False)) == 3
+        assert len(seen) == 7
+    assert all(seen == [("dispatch", True), ("combine", False)] for seen in ranks(2, headers, 1))
+
+
 def test_chunks_are_pipelined(ranks):
     seen = ranks(2, schedule, {"num_chunks": 3})[0]
-    forward = [phase for phase in seen if not phase.startswith("backward") and "gradient" not in phase]
+    forward = [phase for phase in seen if phase.startswith(("dispatch", "combine"))]
     d, r, c, w = "dispatch_launched", "dispatch_ready", "combine_launched", "combine_ready"
     assert forward == [d, d, r, c, d, r, c, r, c, w, w, w]
 

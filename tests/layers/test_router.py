@@ -48,15 +48,17 @@ def test_input_and_parameters_below_fp32_are_computed_in_fp32():
     assert router.double()(x.double()).topk_weights.dtype == torch.float64
 
 
-def test_group_limit_keeps_choices_in_the_best_groups():
-    router = TopKRouter(H, E, K, score_function="sigmoid", num_groups=4, topk_groups=2)
+@pytest.mark.parametrize(("num_experts", "top_k", "best"), [(8, 3, 1), (12, 4, 2), (16, 5, 2)])
+def test_group_limit_keeps_choices_in_the_best_groups(num_experts, top_k, best):
+    router = TopKRouter(H, num_experts, top_k, score_function="sigmoid", num_groups=4, topk_groups=2)
     x = tokens(40)
     scores = (x @ router.weight.T).sigmoid()
     for chosen, row in zip(router(x).topk_idx, scores, strict=True):
-        # Groups of two experts; K // topk_groups = 1, so a group scores by its best expert.
-        groups = row.view(4, 2).max(1).values.topk(2).indices.tolist()
-        allowed = [i for i in range(E) if i // 2 in groups]
-        assert set(chosen.tolist()) == set(sorted(allowed, key=lambda i: -row[i])[:K])
+        # A group scores by the sum of its best K // topk_groups experts.
+        totals = [sum(sorted(group.tolist())[-best:]) for group in row.chunk(4)]
+        groups = sorted(range(4), key=lambda group: -totals[group])[:2]
+        allowed = [i for i in range(num_experts) if i // (num_experts // 4) in groups]
+        assert set(chosen.tolist()) == set(sorted(allowed, key=lambda i: -row[i])[:top_k])
 
 
 def test_correction_bias_changes_choices_but_not_weights():
