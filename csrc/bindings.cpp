@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, module) {
     moe_ep::register_build_info(module);
     moe_ep::register_channel(module);
     moe_ep::register_event(module);
+    moe_ep::register_exchange_calls(module);
     moe_ep::register_layouts(module);
     moe_ep::register_plan(module);
     moe_ep::register_runtime(module);

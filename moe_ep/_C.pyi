@@ -109,24 +109,162 @@ MAX_NODE_RANKS: int
 def table_layout(*, num_ranks: int, num_experts: int) -> dict[str, int]: ...
 def arena_bytes(*, num_ranks: int, payload_bytes: int) -> int: ...
 def group_layout(*, row_bytes: int, meta_words: int) -> dict[str, int]: ...
+def source_plan_words(num_tokens: int, top_k: int, num_experts: int, num_ranks: int, by_mask: bool) -> int: ...
+def source_plan_layout(
+    num_tokens: int, top_k: int, num_experts: int, num_ranks: int, by_mask: bool
+) -> dict[str, int]: ...
+def received_plan_words(num_ranks: int, max_chunks: int, num_received: int, top_k: int) -> int: ...
 
-class DispatchArguments:
-    def __init__(self, **sizes_and_addresses: int) -> None: ...
-    def set_output(self, **sizes_and_addresses: int) -> None: ...
+# What follows is missing in a build without CUDA.
+class Event:
+    def record(self, stream: int) -> None: ...
+    def wait(self, stream: int) -> None: ...
+    def query(self) -> bool: ...
+    def order(self, first: int, then: int) -> None: ...
 
 class Channel:
     timeout_s: float
     def __init__(self, *, arenas: list[int], rank: int, payload_bytes: int, device: int, timeout_s: float) -> None: ...
     def open(self, header: list[int], stream: int) -> None: ...
-    def open_dispatch(self, *, header: list[int], **sizes_and_addresses: int) -> int: ...
-    def drop(self, **sizes_and_addresses: int) -> None: ...
-    def host_counts(self, ticket: int, count: int) -> list[int]: ...
-    def wait_sizes(self, ticket: int, seconds: float) -> tuple[int, int, int] | None: ...
-    def dispatch(
-        self, arguments: DispatchArguments, *, num_senders: int, num_placers: int, bulk: bool, stream: int
-    ) -> None: ...
-    def combine(self, **sizes_and_addresses: int) -> None: ...
     def trouble(self) -> dict | None: ...
+    def is_quiet(self, overflows: int) -> bool: ...
     def overflow(self) -> tuple[int, int, int, int]: ...
     def epoch(self) -> int: ...
     def reset(self, epoch: int) -> None: ...
+
+class CountSettings:
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        top_k: int,
+        num_experts: int,
+        index_bytes: int,
+        alignment: int,
+        layout: int,
+        drop: bool,
+        by_mask: bool,
+    ) -> None: ...
+
+class RowSettings:
+    def __init__(
+        self,
+        *,
+        row_bytes: int,
+        weight_words: int,
+        scale_words: int,
+        cast: int,
+        num_senders: int,
+        num_placers: int,
+        bulk: bool,
+    ) -> None: ...
+
+class CombineSettings:
+    def __init__(
+        self,
+        *,
+        element: int,
+        hidden: int,
+        wide_wire: bool,
+        weight_words: int,
+        value_words: int,
+        only_own_values: bool,
+        num_senders: int,
+        num_reducers: int,
+        bulk: bool,
+    ) -> None: ...
+
+class KeptPlan:
+    def __init__(
+        self,
+        num_tokens: int,
+        top_k: int,
+        num_experts: int,
+        layout: int,
+        zero_padding: bool,
+        num_rows: int,
+        max_chunks: int,
+        source: int,
+        received: int,
+        /,
+    ) -> None: ...
+
+class DispatchCall:
+    def __init__(
+        self,
+        settings: CountSettings,
+        num_tokens: int,
+        topk_idx: int,
+        source: int,
+        told_choices: int,
+        told_tokens: int,
+        told_ends: int,
+        told_overflow: int,
+        /,
+    ) -> None: ...
+    @property
+    def tells_sizes(self) -> bool: ...
+    def set_capacity(self, max_tokens: int, rows: int, per_expert: int) -> None: ...
+    def set_total(self, received_total: int) -> None: ...
+    def set_rows(
+        self,
+        settings: RowSettings,
+        x: int,
+        topk_weights: int,
+        scales: int,
+        scale_stride: int,
+        scale_word_stride: int,
+        /,
+    ) -> None: ...
+    def set_output(
+        self,
+        received: int,
+        max_chunks: int,
+        num_received: int,
+        out: int,
+        num_rows: int,
+        out_weights: int,
+        out_scales: int,
+        out_topk_idx: int,
+        out_source: int,
+        /,
+    ) -> None: ...
+    def count(self, channel: Channel, header: list[int], current: int, queue: int, /) -> None: ...
+    def send(self, channel: Channel, header: list[int], current: int, queue: int, counted: bool, /) -> Event: ...
+    def place(self, channel: Channel, current: int, queue: int, place_queue: int, num_laps: int, /) -> Event: ...
+    def run(self, channel: Channel, header: list[int], current: int, queue: int, counted: bool, /) -> Event: ...
+    def wait_sizes(self, channel: Channel, seconds: float) -> tuple[int, int, int] | None: ...
+    def host_counts(self, channel: Channel) -> list[int]: ...
+
+def replay(
+    channel: Channel,
+    settings: RowSettings,
+    plan: KeptPlan,
+    header: list[int],
+    x: int,
+    scales: int,
+    scale_stride: int,
+    scale_word_stride: int,
+    out: int,
+    out_scales: int,
+    current: int,
+    queue: int,
+    /,
+) -> Event: ...
+def combine(
+    channel: Channel,
+    settings: CombineSettings,
+    plan: KeptPlan,
+    header: list[int],
+    top_k: int,
+    y: int,
+    row_weights: int,
+    values: int,
+    out: int,
+    bias_0: int,
+    bias_1: int,
+    out_values: int,
+    current: int,
+    queue: int,
+    /,
+) -> Event: ...

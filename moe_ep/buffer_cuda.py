@@ -61,6 +61,8 @@ class CudaCalls:
 
     def check_overflow(self) -> None:
         """Raise, once, the CapacityError of an exchange that is known to have overflowed, and any other trouble."""
+        # What peers know of sizes from dispatches before, this rank knows as well when it decides on memory.
+        self.link.settle()
         overflow = self.link.new_overflow()
         if overflow is not None:
             raise overflow_error(Overflow(*overflow))
@@ -75,7 +77,7 @@ class CudaCalls:
         """
         self.check_overflow()
         # Peers whose rings are too small for such rows reserve memory first, over the control plane.
-        if not self.link.fits(_row_bytes(x), meta_words):
+        if self.backend.will_agree(_row_bytes(x), meta_words):
             self.link.control.open(Call("reserve"), error=error)
         self.link.refuse(call, error)
 
@@ -223,11 +225,11 @@ class CudaCalls:
         plan: CudaPlan = got.plan
         num_ranks = self.backend.control.size
         sizes = (num_ranks, plan.num_experts)
-        source_rows = table_part(plan.table, "source_rows", *sizes, num_ranks + 1)
-        empty = plan.table.new_empty(0)
+        source_rows = table_part(plan.source, "source_rows", *sizes, num_ranks + 1)
+        empty = plan.source.new_empty(0)
         assert got.recv_src_idx is not None
         return BufferHandle(
-            rank_prefix_matrix=table_part(plan.table, "rank_rows", *sizes, num_ranks**2).view(num_ranks, num_ranks),
+            rank_prefix_matrix=table_part(plan.source, "rank_rows", *sizes, num_ranks**2).view(num_ranks, num_ranks),
             channel_prefix_matrix=empty,
             recv_channel_prefix_matrix=empty,
             recv_src_idx=got.recv_src_idx,
@@ -268,8 +270,8 @@ def _layout_tensors(plans: tuple[TokenPlan, TokenPlan | None]) -> Iterable[Tenso
 
 
 def _dispatch_tensors(got: Dispatch) -> Iterable[Tensor | None]:
-    # The table is read through views of it.
-    return got.rows, got.scales, got.row_weights, got.topk_idx, got.recv_src_idx, got.plan.table
+    # Parts of the plan are read through views of it.
+    return got.rows, got.scales, got.row_weights, got.topk_idx, got.recv_src_idx, got.plan.source
 
 
 def _tensors(outputs: Iterable[Tensor | None]) -> Iterable[Tensor | None]:

@@ -207,6 +207,14 @@ class ExchangeSpec:
             return None
         return self.capacity.rows or (self.capacity.per_expert or 0) * self.num_local_experts
 
+    def __hash__(self) -> int:
+        # NOTE: fields are hashed once: settings are looked up at every exchange.
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
     def describe(self) -> str:
         """The settings in one line, for errors that show both sides."""
         return self._description

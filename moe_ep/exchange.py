@@ -69,6 +69,8 @@ class Exchanger:
         self.overlap = False
         self._overflow: Overflow | None = None
         self._overflow_incarnation = 0
+        # Of settings, and what they are in words.
+        self._digests: dict[tuple[ExchangeSpec, int, bool], tuple[int, str]] = {}
         self.num_exchanges = 0
         with torch.inference_mode(False):
             self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64, device="cpu")
@@ -310,8 +312,13 @@ class Exchanger:
         return functools.partial(self.buffer.control.begin, call, None, None)
 
     def _call(self, kind: str, spec: ExchangeSpec, serial: int, num_chunks: int = 1, fp8: bool = False) -> Call:
-        digest = (spec.digest() + 1_000_003 * self.number + 31 * num_chunks + fp8) & 0x7FFFFFFF
-        return Call(kind, digest, serial, f"dispatcher {self.number} of the Buffer, {spec.describe()}")
+        key = (spec, num_chunks, fp8)
+        known = self._digests.get(key)
+        if known is None:
+            digest = (spec.digest() + 1_000_003 * self.number + 31 * num_chunks + fp8) & 0x7FFFFFFF
+            known = digest, f"dispatcher {self.number} of the Buffer, {spec.describe()}"
+            self._digests[key] = known
+        return Call(kind, known[0], serial, known[1])
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
         # In the order of exchanges, so that all ranks raise at the same one.

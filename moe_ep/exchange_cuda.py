@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from moe_ep.backends.control import Call
-from moe_ep.backends.cuda_exchange import Counts, CudaBackend
+from moe_ep.backends.cuda_counting import WORD_BYTES, Counts, source_words
+from moe_ep.backends.cuda_exchange import CudaBackend, static_sizes
 from moe_ep.backends.cuda_jobs import CudaJob
 from moe_ep.backends.cuda_link import CudaLink
-from moe_ep.backends.cuda_outputs import WORD_BYTES, max_chunks
-from moe_ep.backends.cuda_plan import table_layout
+from moe_ep.backends.cuda_outputs import received_words
 from moe_ep.backends.types import Dispatch
 from moe_ep.buffer import Buffer
 from moe_ep.config import FP8_GROUP, ExchangeSpec
@@ -29,6 +29,8 @@ from moe_ep.validate import check_chunk, check_layout_rows, check_routing, check
 
 # Fewer than the channel has places for sizes.
 _MOST_UNREAD = 64
+# Shapes of arguments that were found good and need no second look.
+_MOST_SHAPES = 256
 
 
 class CudaExchanger(Exchanger):
@@ -58,6 +60,7 @@ class CudaExchanger(Exchanger):
         self.link = self.backend.link
         self.num_sms = num_sms
         self._listed: list[int] | None = None
+        self._good_shapes: set[tuple[Any, ...]] = set()
         with torch.inference_mode(False):
             self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64, device=self.link.device)
 
@@ -65,6 +68,8 @@ class CudaExchanger(Exchanger):
 
     def raise_overflow(self) -> None:
         """Raise, once, the CapacityError of an exchange that is known to have overflowed, and any other trouble."""
+        if self.link.is_quiet():
+            return
         overflow = self.link.new_overflow()
         if overflow is not None:
             rank, needed, given = overflow
@@ -79,6 +84,8 @@ class CudaExchanger(Exchanger):
 
     def _begin(self) -> None:
         self.buffer.check_alive()
+        # What peers know of sizes from dispatches before, this rank knows as well when it decides on memory.
+        self.link.settle()
         self.raise_overflow()
         self.num_exchanges += 1
 
@@ -88,8 +95,8 @@ class CudaExchanger(Exchanger):
 
     def _refuse(self, call: Call, error: Exception, spec: ExchangeSpec) -> NoReturn:
         self._begin()
-        if not self.link.fits(*self._record(spec)):
-            # Peers are about to reserve memory, over the control plane.
+        if self.backend.will_agree(*self._record(spec)) or self._will_agree(call, spec):
+            # Peers are about to agree on sizes, over the control plane.
             self.link.control.open(Call("reserve"), error=error)
         self.link.refuse(call, error)
 
@@ -133,9 +140,9 @@ class CudaExchanger(Exchanger):
         return counted
 
     def _read_sizes(self, counts: Counts) -> None:
-        if counts.ticket and counts.sizes is None:
-            counts.sizes = self.link.wait_sizes(counts.ticket)
-            counts.host_counts = self.link.channel.host_counts(counts.ticket, counts.num_local_experts)
+        if counts.call.tells_sizes and counts.sizes is None:
+            counts.sizes = self.link.wait_sizes(counts.call)
+            counts.host_counts = counts.call.host_counts(self.link.channel)
             self.backend.max_tokens = max(self.backend.max_tokens, counts.sizes[2])
 
     def dispatch(  # type: ignore[override]
@@ -145,11 +152,7 @@ class CudaExchanger(Exchanger):
         spec = self._spec_for(x)
         call = self._call("dispatch", spec, 0, int(planned is None), isinstance(x, tuple))
         try:
-            rows, scales = check_rows("x", x, spec)
-            if topk_weights is None:
-                raise ValueError("topk_weights are missing: pass the router's [T, K] weights, or ones")
-            check_routing(rows, topk_idx, topk_weights, spec, self._num_ids(), self.validate)
-            self.link.check_device("x", rows)
+            rows, scales = self._check_arguments(x, topk_idx, topk_weights, spec)
             if planned is not None and not isinstance(planned, Counts):
                 raise ValueError(f"planned is {type(planned).__name__}; pass one entry of what plan() returned")
             if planned is not None and planned.topk_idx.shape != topk_idx.shape:
@@ -175,6 +178,7 @@ class CudaExchanger(Exchanger):
             totals=self.choices_received,
             planned=planned,
             num_sms=self.num_sms,
+            beside=self.overlap,
         )
 
         def landed() -> Dispatch:
@@ -183,6 +187,24 @@ class CudaExchanger(Exchanger):
             return result
 
         return self._checked(landed)
+
+    def _check_arguments(
+        self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, spec: ExchangeSpec
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows and scales of a dispatch's arguments, which are found good or raised for."""
+        shape = None if self.validate else _shape_of(x, topk_idx, topk_weights)
+        if shape is not None and (spec, shape) in self._good_shapes:
+            return x, None  # type: ignore[return-value]
+        rows, scales = check_rows("x", x, spec)
+        if topk_weights is None:
+            raise ValueError("topk_weights are missing: pass the router's [T, K] weights, or ones")
+        check_routing(rows, topk_idx, topk_weights, spec, self._num_ids(), self.validate)
+        self.link.check_device("x", rows)
+        if shape is not None:
+            if len(self._good_shapes) >= _MOST_SHAPES:
+                self._good_shapes.clear()
+            self._good_shapes.add((spec, shape))
+        return rows, scales
 
     def combine(  # type: ignore[override]
         self, y: Tensor, row_weights: Tensor | None, plan: CudaPlan
@@ -253,11 +275,13 @@ class CudaExchanger(Exchanger):
 
     def fake_plan(self, topk_idx: Tensor, size: Callable[[], Any]) -> list[Tensor]:
         """What a tracer sees of a dispatch's plan; ``size()`` gives a size that only the exchange will know."""
-        spec, num_words = self.spec, table_layout(self.spec.num_ranks, self.spec.num_experts)["num_words"]
-        most = spec.max_tokens_per_rank
+        spec, num_tokens, most = self.spec, topk_idx.shape[0], self.spec.max_tokens_per_rank
+        known = isinstance(num_tokens, int)
+        source = source_words(num_tokens, spec.top_k, spec.num_experts, spec.num_ranks) if known else size()
         if most is None or (spec.layout != "slab" and spec.capacity is None):
-            return CudaPlan.fake_tensors(topk_idx, spec.num_ranks, num_words, size(), size())
-        return CudaPlan.fake_tensors(topk_idx, spec.num_ranks, num_words, spec.num_ranks * most, max_chunks(most))
+            return CudaPlan.fake_tensors(topk_idx, source, size())
+        received = received_words(most, static_sizes(spec, most)[1], spec.num_ranks, spec.top_k)
+        return CudaPlan.fake_tensors(topk_idx, source, received)
 
     def _checked(self, finish: Callable[[], Any]) -> CudaJob:
         """A job that raises what is known to have gone wrong when it is waited for."""
@@ -288,6 +312,12 @@ class CudaExchanger(Exchanger):
             self._first_tokens = self.backend.agree_tokens(num_tokens)
         return max(self._first_tokens, 1)
 
+    def _will_agree(self, call: Call, spec: ExchangeSpec) -> bool:
+        """Whether peers that begin this call first agree on the T that a capacity is meant for."""
+        if call.kind not in ("plan", "dispatch") or spec.max_tokens_per_rank is not None or self._first_tokens:
+            return False
+        return spec.capacity is not None
+
     def _check_tokens(self, num_tokens: int, spec: ExchangeSpec) -> None:
         """Sizes are fixed with a capacity: by the constructor, or by the largest T of the first exchange."""
         most = self._first_tokens
@@ -296,6 +326,16 @@ class CudaExchanger(Exchanger):
                 f"x has {num_tokens} tokens, but the capacity was sized for {most} at the first exchange: pass "
                 "max_tokens_per_rank, the largest number of tokens that any rank will send"
             )
+
+
+def _shape_of(*tensors: object) -> tuple[Any, ...] | None:
+    """What the checks of arguments look at, but for values; None for arguments that have to be looked at anyway."""
+    shape: list[Any] = []
+    for tensor in tensors:
+        if type(tensor) is not Tensor or not tensor.is_contiguous():
+            return None
+        shape += (tensor.shape, tensor.dtype, tensor.device)
+    return tuple(shape)
 
 
 def make_exchanger(

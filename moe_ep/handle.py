@@ -211,8 +211,6 @@ class Plan:
 
 _NUM_SCALARS = len(_SCALARS) + len(_IDENTITY_FLAGS)
 NUM_PLAN_TENSORS = 6 + len(_IDENTITY_FLAGS)
-# Which tensor of a plan, of either kind, has one element per token.
-PER_TOKEN = 4
 
 _CUDA_SCALARS = (
     "owner",
@@ -230,9 +228,9 @@ _CUDA_SCALARS = (
 LAYOUT_CODES = {"compact": 0, "expanded": 1, "slab": 2}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False, slots=True)
 class CudaPlan:
-    """One exchange's plan on a GPU. Holds no payload and nothing that requires grad.
+    """One exchange's plan on a GPU. Holds no payload and nothing that requires grad; nobody changes it.
 
     Attributes:
         owner: id of the dispatcher or Buffer that made it.
@@ -242,15 +240,13 @@ class CudaPlan:
         top_k: K; 0 for rows planned by a mask alone.
         num_experts: E.
         num_rows: layout rows allocated.
-        max_chunks: groups per source that ``groups`` has room for.
+        max_chunks: groups per source that ``received`` has room for.
         layout: code of the layout.
         zero_padding: whether rows between a group's last and its end are zero.
         weight_bytes: bytes of one router weight, 4 or 8.
-        table: int32, sizes and places that the opening of the exchange wrote.
-        groups: int32 [R, max_chunks, 2], first received row and tokens of each group.
-        positions: int32 [N, K], layout row of each received choice, for compact rows its local id; -1 = another rank's.
-        token_ranks: int32 [T], bit r says whether the token goes to rank r.
-        idx_in_rank: int32 [T, R], place of the token among those of a rank, -1 = not one of them.
+        source: int32, sizes that the opening of the exchange wrote, where this rank's tokens go, and what it took to
+            know that.
+        received: int32, groups of received rows, and the layout row of each received choice.
     """
 
     owner: int
@@ -264,11 +260,8 @@ class CudaPlan:
     layout: int
     zero_padding: bool
     weight_bytes: int
-    table: Tensor
-    groups: Tensor
-    positions: Tensor
-    token_ranks: Tensor
-    idx_in_rank: Tensor
+    source: Tensor
+    received: Tensor
 
     @property
     def is_compact(self) -> bool:
@@ -278,48 +271,39 @@ class CudaPlan:
     @property
     def device(self) -> torch.device:
         """Where the rows are."""
-        return self.table.device
+        return self.source.device
 
     def to_tensors(self) -> list[Tensor]:
-        """The plan as tensors alone, the form in which operators and autograd carry it."""
+        """The plan as tensors alone, as operators and autograd carry it; the last one's shape tells T to tracers."""
         sizes = torch.tensor([int(getattr(self, name)) for name in _CUDA_SCALARS], dtype=torch.int64, device="cpu")
-        tensors = [sizes, self.table, self.groups, self.positions, self.token_ranks, self.idx_in_rank]
-        # NOTE: an operator may not return one tensor twice.
-        return tensors + [self.table.new_empty(0) for _ in range(NUM_PLAN_TENSORS - len(tensors))]
+        return [sizes, self.source, self.received, self.source.new_empty(self.num_tokens, 0)]
 
     @staticmethod
     def from_tensors(tensors: list[Tensor] | tuple[Tensor, ...]) -> CudaPlan:
         """Inverse of :meth:`to_tensors`."""
-        sizes, table, groups, positions, token_ranks, idx_in_rank = tensors[:6]
+        sizes, source, received, _ = tensors
         scalars = dict(zip(_CUDA_SCALARS, sizes.tolist(), strict=True))
         scalars["zero_padding"] = bool(scalars["zero_padding"])
-        return CudaPlan(
-            **scalars, table=table, groups=groups, positions=positions, token_ranks=token_ranks, idx_in_rank=idx_in_rank
-        )
+        return CudaPlan(**scalars, source=source, received=received)
 
     @staticmethod
-    def fake_tensors(
-        topk_idx: Tensor, num_ranks: int, num_words: int, num_received: Any, max_chunks: Any
-    ) -> list[Tensor]:
+    def fake_tensors(topk_idx: Tensor, source_words: Any, received_words: Any) -> list[Tensor]:
         """What a tracer sees of :meth:`to_tensors`.
 
         Args:
             topk_idx: fake int64 [T, K].
-            num_ranks: R.
-            num_words: of ``table``.
-            num_received: N, or a size that only the exchange will know.
-            max_chunks: groups per source, or such a size.
+            source_words: of ``source``, or a size that only the exchange will know.
+            received_words: of ``received``, or such a size.
         """
-        (num_tokens, top_k), words = topk_idx.shape, topk_idx.new_empty(num_words, dtype=torch.int32)
-        tensors = [
-            torch.empty(len(_CUDA_SCALARS), dtype=torch.int64, device="cpu"),
-            words,
-            words.new_empty(num_ranks, max_chunks, 2),
-            words.new_empty(num_received, top_k),
-            words.new_empty(num_tokens),
-            words.new_empty(num_tokens, num_ranks),
-        ]
-        return tensors + [words.new_empty(0) for _ in range(NUM_PLAN_TENSORS - len(tensors))]
+        source = topk_idx.new_empty(source_words, dtype=torch.int32)
+        sizes = torch.empty(len(_CUDA_SCALARS), dtype=torch.int64, device="cpu")
+        return [sizes, source, source.new_empty(received_words), source.new_empty(topk_idx.shape[0], 0)]
+
+
+def num_tokens_of(plan: list[Tensor]) -> Any:
+    """T of a plan in the form of tensors, of either kind; a symbol while tracing."""
+    # NOTE: by the count of tensors, since a tracer knows no numbers.
+    return plan[4 if len(plan) == NUM_PLAN_TENSORS else 3].shape[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,11 @@ from torch.autograd.function import FunctionCtx
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import ExchangeSpec
 from moe_ep.exchange import Exchanger, lookup
-from moe_ep.handle import NUM_PLAN_TENSORS, PER_TOKEN, CudaPlan, Plan
+from moe_ep.handle import Plan, num_tokens_of
 
 
 def extras_of(result: Dispatch) -> list[Tensor]:
-    """What a dispatch returns behind the replayable plan: expert_ends, overflow, topk_idx (empty unless compact)."""
+    """What a dispatch returns before the replayable plan: expert_ends, overflow, topk_idx (empty unless compact)."""
     topk_idx, overflow, device = result.topk_idx, result.overflow, result.rows.device
     if topk_idx is None:
         topk_idx = torch.empty(0, dtype=torch.int64, device=device)
@@ -30,15 +30,8 @@ def extras_of(result: Dispatch) -> list[Tensor]:
     return [result.expert_ends, overflow, topk_idx]
 
 
-def unshared(*parts: Tensor) -> list[Tensor]:
-    """Copies of parts of one tensor, made by one kernel.
-
-    An operator may not return tensors that share memory: a compiler would reuse that of one while another is needed.
-    """
-    copies = [torch.empty_like(part) for part in parts]
-    # As bytes, since the parts differ in dtype.
-    torch._foreach_copy_([copy.view(torch.uint8) for copy in copies], [part.view(torch.uint8) for part in parts])
-    return copies
+# How many these are. Behind them comes the plan, whose tensors are fewer on the CUDA backend.
+NUM_EXTRAS = 3
 
 
 # NOTE: not torch.library.custom_op: its wrappers, which walk every argument as a tree, cost as much as a whole small
@@ -96,16 +89,11 @@ def run_combine(exchanger: Exchanger, y: Tensor, row_weights: Tensor | None, pla
 def _dispatch(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, anchor: Tensor, dispatcher_id: int
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Rows [T, H] to the ranks of their experts: (rows, row_weights, tokens_per_expert, plan and extras)."""
+    """Rows [T, H] to the ranks of their experts: (rows, row_weights, tokens_per_expert, extras and plan)."""
     exchanger = lookup(dispatcher_id)
     result = run_dispatch(exchanger, x, topk_idx, topk_weights)
     rows, weights = exchanger.layout_rows(result)
-    counts, extras = result.tokens_per_expert, extras_of(result)
-    if isinstance(result.plan, CudaPlan):
-        expert_ends, overflow, topk_local = extras
-        counts, expert_ends, overflow = unshared(counts, expert_ends, overflow)
-        extras = [expert_ends, overflow, topk_local]
-    return rows, weights, counts, [*result.plan.to_tensors(), *extras]
+    return rows, weights, result.tokens_per_expert, [*extras_of(result), *result.plan.to_tensors()]
 
 
 @torch.library.impl(_LIBRARY, "combine", "CompositeExplicitAutograd")
@@ -153,7 +141,7 @@ def _dispatch_fake(
     plan = exchanger.fake_plan(topk_idx, torch.library.get_ctx().new_dynamic_size)
     counts = topk_idx.new_empty(spec.num_local_experts, dtype=torch.int32)
     extras = [torch.empty_like(counts), topk_idx.new_empty((), dtype=torch.bool), topk_local]
-    return rows, weights, counts, [*plan, *extras]
+    return rows, weights, counts, [*extras, *plan]
 
 
 def _fake_rows(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, spec: ExchangeSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,7 +160,7 @@ def _fake_rows(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, spec: Exchange
 def _combine_fake(
     y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: Tensor, dispatcher_id: int
 ) -> Tensor:
-    return y.new_empty(plan[PER_TOKEN].shape[0], y.shape[-1])
+    return y.new_empty(num_tokens_of(plan), y.shape[-1])
 
 
 @torch.library.register_fake("moe_ep::dispatch_replay", lib=_LIBRARY)
@@ -187,7 +175,7 @@ def _dispatch_replay_fake(x: Tensor, plan: list[Tensor], num_rows: int, dispatch
 def _combine_grads_fake(
     grads: Tensor, weight_grads: Tensor, plan: list[Tensor], dispatcher_id: int
 ) -> tuple[Tensor, Tensor]:
-    num_tokens, top_k = plan[PER_TOKEN].shape[0], lookup(dispatcher_id).spec.top_k
+    num_tokens, top_k = num_tokens_of(plan), lookup(dispatcher_id).spec.top_k
     return grads.new_empty(num_tokens, grads.shape[-1]), weight_grads.new_empty(num_tokens, top_k)
 
 
@@ -248,7 +236,7 @@ class _Dispatch(torch.autograd.Function):
         # Gradients of index tensors are not made up as zeros, so those of rows and weights must be.
         ctx.set_materialize_grads(False)
         ctx.like = (rows.shape, rows.dtype, weights.shape, weights.dtype, rows.device)
-        ctx.save_for_backward(*tensors[:NUM_PLAN_TENSORS])
+        ctx.save_for_backward(*tensors[NUM_EXTRAS:])
         return (rows, weights, counts, *tensors)
 
     @staticmethod

@@ -10,7 +10,7 @@ from moe_ep.autograd import CombineExchange, CombineWait, DispatchExchange, Disp
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import ExchangeSpec
 from moe_ep.exchange import Exchanger
-from moe_ep.handle import NUM_PLAN_TENSORS, DispatchHandle
+from moe_ep.handle import DispatchHandle
 from moe_ep.ops import extras_of
 
 
@@ -61,7 +61,7 @@ class PendingDispatch:
             rows, weights = DispatchWait.apply(self._exchange, self._token)
             result = self._exchange.result
             assert result is not None
-            tensors = [*self._exchange.plan_tensors, *extras_of(result)]
+            tensors = [*extras_of(result), *self._exchange.plan_tensors]
             counts = host_list(result.groups.counts)
             spec = self._exchange.exchanger.spec
             self._result = dispatched(
@@ -128,12 +128,12 @@ def dispatched(
         rows: in the layout.
         weights: in the layout.
         counts: int32 [e].
-        tensors: the plan and, behind it, ``extras_of``.
+        tensors: ``extras_of`` and, behind it, the plan.
         spec: the settings.
         scales: of fp8 rows.
         listed: counts on the host, where they are known.
     """
-    expert_ends, overflow, topk_idx = tensors[NUM_PLAN_TENSORS:]
+    expert_ends, overflow, topk_idx, *plan = tensors
     exact = spec.capacity is None and spec.layout != "slab"
     return Dispatched(
         x=rows,
@@ -145,5 +145,5 @@ def dispatched(
         tokens_per_expert_list=listed if exact else None,
         num_rows=rows.shape[0] * rows.shape[1] if spec.layout == "slab" else rows.shape[0],
         overflow=None if spec.capacity is None else overflow,
-        handle=DispatchHandle(tuple(tensors[:NUM_PLAN_TENSORS])),
+        handle=DispatchHandle(tuple(plan)),
     )

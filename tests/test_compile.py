@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import moe_ep
 from moe_ep.backends.control import ControlPlane
 from moe_ep.config import Capacity
-from moe_ep.handle import NUM_PLAN_TENSORS
+from moe_ep.ops import NUM_EXTRAS
 from moe_ep.testing import RankContext
 from tests.checks import Case
 from tests.sharded import (
@@ -192,7 +192,7 @@ def operator_inputs(
     if name == "dispatch":
         return x.requires_grad_(), topk_idx, topk_weights.requires_grad_(), anchor, number
     rows, weights, _, tensors = torch.ops.moe_ep.dispatch(x, topk_idx, topk_weights, anchor.detach(), number)
-    plan = tensors[:NUM_PLAN_TENSORS]
+    plan = tensors[NUM_EXTRAS:]
     rows, weights = rows.detach().nan_to_num(), weights.detach().nan_to_num()
     if name == "combine":
         given = weights.requires_grad_() if case.weights == "combine" else None

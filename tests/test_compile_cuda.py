@@ -14,12 +14,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 import moe_ep
-from moe_ep.backends.cuda_outputs import Counts, Outputs
-from moe_ep.backends.cuda_plan import table_layout
+from moe_ep.backends.cuda_counting import Counts, source_words
+from moe_ep.backends.cuda_exchange import static_sizes
+from moe_ep.backends.cuda_outputs import Outputs
 from moe_ep.backends.types import Dispatch
 from moe_ep.events import Job
 from moe_ep.exchange_cuda import CudaExchanger
-from moe_ep.handle import NUM_PLAN_TENSORS, Plan
+from moe_ep.handle import Plan
+from moe_ep.ops import NUM_EXTRAS, extras_of
 from tests.sharded import make_case
 from tests.test_compile import COMPILED, KEPT, operator_inputs, run_steps
 
@@ -38,10 +40,10 @@ class Finished(Job):
         return self._over
 
 
-class Arguments:
-    """Stands for those of a kernel that nobody launches."""
+class Silent:
+    """Stands for a call that nobody launches."""
 
-    def set_output(self, **_: object) -> None:
+    def set_output(self, *_: object) -> None:
         pass
 
 
@@ -68,21 +70,20 @@ class StandIn:
         done: Dispatch = self.whole["dispatch"](x, topk_idx, topk_weights, planned).result()
         plan, spec = done.plan, self.spec
         self.plans[plan.serial] = plan
-        num_tokens, words = topk_idx.shape[0], table_layout(spec.num_ranks, spec.num_experts)["num_words"]
-        table, local = torch.zeros(words, dtype=torch.int32), spec.num_local_experts
-        in_rank = table.new_zeros(num_tokens, spec.num_ranks)
-        per_choice, tokens = torch.zeros_like(topk_idx, dtype=torch.int32), table.new_zeros(num_tokens)
-        counts = Counts(topk_idx, per_choice, in_rank, tokens, table, local, 0, None, None, ())
-        out = Outputs(0, spec, (x, None, topk_weights), counts, plan.owner, plan.serial, Arguments(), False)
+        num_tokens, local = topk_idx.shape[0], spec.num_local_experts
+        source = torch.zeros(source_words(num_tokens, *topk_idx.shape[1:], spec.num_experts, 1), dtype=torch.int32)
+        overflow = torch.zeros((), dtype=torch.bool)
+        counts = Counts(topk_idx, source, source.new_zeros(local), source.new_zeros(local), overflow, Silent())
+        out = Outputs(spec, (x, None, topk_weights), counts, (plan.owner, 0, plan.serial), False)
         exact, most = spec.layout != "slab" and spec.capacity is None, spec.max_tokens_per_rank or num_tokens
-        sizes = (plan.num_wire, num_tokens) if exact else (spec.num_ranks * most, most)
-        result = out.allocate(plan.num_rows, *sizes)
+        sizes = (plan.num_wire, num_tokens) if exact else (static_sizes(spec, most)[1], most)
+        out.allocate(plan.num_rows, *sizes)
+        result = out.result()
         for name in ("rows", "row_weights", "topk_idx", "tokens_per_expert", "expert_ends"):
             if getattr(done, name) is not None:
                 getattr(result, name).copy_(getattr(done, name))
-        for name in ("groups", "positions"):
-            # Undefined in part; runs are compared.
-            getattr(result.plan, name).zero_()
+        # Undefined in part; runs are compared.
+        result.plan.received.zero_()
         return Finished(dataclasses.replace(result, groups=done.groups))
 
 
@@ -105,9 +106,14 @@ def test_operators_pass_opcheck(mode: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["expanded", "per expert"])
-def test_views_of_one_table_are_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planted fault: outputs that share memory."""
-    monkeypatch.setattr("moe_ep.ops.unshared", lambda *parts: parts)
+def test_outputs_that_share_memory_are_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: ends of groups in the memory of the counts."""
+
+    def share(result: Dispatch) -> list[Tensor]:
+        shared = dataclasses.replace(result, expert_ends=result.tokens_per_expert[:])
+        return extras_of(shared)
+
+    monkeypatch.setattr("moe_ep.ops.extras_of", share)
     operator, inputs = torch.ops.moe_ep.dispatch.default, operator_inputs(mode, "dispatch", StandIn)
     with pytest.raises(Exception, match="alias"):
         opcheck(operator, inputs, test_utils="test_schema")
@@ -128,11 +134,11 @@ def test_fakes_are_on_the_gpu_with_numbers_on_the_host(mode: str) -> None:
             x, topk_idx, weights, anchor, dispatcher._exchanger.id
         )
         given = None if case.weights == "experts" else row_weights
-        plan = tensors[:NUM_PLAN_TENSORS]
+        plan = tensors[NUM_EXTRAS:]
         out = torch.ops.moe_ep.combine(rows, given, plan, anchor, dispatcher._exchanger.id)
         grads = torch.ops.moe_ep.combine_grads(rows, row_weights, plan, dispatcher._exchanger.id)
-    assert tensors[0].device.type == "cpu"
-    others = (rows, row_weights, counts, out, *grads, *tensors[1:])
+    assert plan[0].device.type == "cpu"
+    others = (rows, row_weights, counts, out, *grads, *tensors[:NUM_EXTRAS], *plan[1:])
     assert all(tensor.device.type == "cuda" for tensor in others)
     assert out.shape == grads[0].shape == x.shape
     assert grads[1].shape == weights.shape

@@ -62,3 +62,46 @@ def test_table_has_room_for_every_part(num_ranks: int, num_experts: int) -> None
 def test_table_refuses_other_sizes(num_ranks: int, num_experts: int) -> None:
     with pytest.raises(ValueError, match="must be"):
         _C.table_layout(num_ranks=num_ranks, num_experts=num_experts)
+
+
+PLAN_SIZES = [(0, 2, 8, 2, False), (5, 3, 12, 3, False), (4096, 8, 256, 4, False), (7, 0, 8, 4, True)]
+
+
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts", "num_ranks", "by_mask"), PLAN_SIZES)
+def test_plan_of_a_source_has_room_for_every_part(
+    num_tokens: int, top_k: int, num_experts: int, num_ranks: int, by_mask: bool
+) -> None:
+    dims = (num_tokens, top_k, num_experts, num_ranks, by_mask)
+    layout = _C.source_plan_layout(*dims)
+    # Where rows go by a mask, ranks are counted in place of experts.
+    planned_k, planned_experts = (num_ranks, num_ranks) if by_mask else (top_k, num_experts)
+    table = _C.table_layout(num_ranks=num_ranks, num_experts=num_experts)["num_words"]
+    workspace = _C.plan_workspace_bytes(
+        num_tokens=num_tokens, top_k=planned_k, num_experts=planned_experts, num_ranks=num_ranks
+    )
+    sizes = {
+        "table": 4 * table,
+        "token_ranks": 4 * num_tokens,
+        "idx_in_rank": 4 * num_tokens * num_ranks,
+        "idx_in_expert": 4 * num_tokens * planned_k,
+        "choices_per_expert": 4 * planned_experts,
+        "tokens_per_rank": 4 * num_ranks,
+        "is_token_in_rank": num_tokens * num_ranks,
+        "workspace": workspace,
+    }
+    end = 0
+    for name, size in sizes.items():
+        assert layout[name] % 16 == 0
+        assert end <= layout[name] < end + 16
+        end = layout[name] + size
+    assert end <= layout["num_bytes"] == 4 * _C.source_plan_words(*dims)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "chunks", "received", "top_k"), [(1, 0, 0, 8), (2, 3, 5, 3), (4, 1024, 14770, 8)]
+)
+def test_plan_of_a_destination_has_room_for_every_part(num_ranks: int, chunks: int, received: int, top_k: int) -> None:
+    groups, positions = 2 * num_ranks * chunks, received * top_k
+    words = _C.received_plan_words(num_ranks, chunks, received, top_k)
+    # Parts begin at multiples of 16 bytes.
+    assert groups + positions <= words < groups + positions + 8

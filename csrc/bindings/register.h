@@ -8,6 +8,7 @@ namespace moe_ep {
 void register_arena(pybind11::module_& module);
 void register_build_info(pybind11::module_& module);
 void register_channel(pybind11::module_& module);
+void register_exchange_calls(pybind11::module_& module);
 void register_event(pybind11::module_& module);
 void register_layouts(pybind11::module_& module);
 void register_plan(pybind11::module_& module);

@@ -206,6 +206,7 @@ __device__ int32_t lay_out_groups(const OpenParams& params, const ArenaLayout& o
             count += OpeningWords{own.opening_from(source, epoch), params.num_experts}.choices(first_expert + expert);
         }
         table.tokens_per_expert[expert] = count;
+        params.told_tokens[expert] = count;
         if (params.received_total != nullptr) params.received_total[expert] += count;
         if (params.host_counts != nullptr) params.host_counts[expert] = count;
         starts[expert] = fixed > 0 ? static_cast<int32_t>(fixed)
@@ -218,6 +219,7 @@ __device__ int32_t lay_out_groups(const OpenParams& params, const ArenaLayout& o
         int32_t row = starts[expert];
         // A slab's rows behind the last real one are nobody's: its groups end where its choices do.
         table.expert_ends[expert] += row;
+        params.told_ends[expert] = table.expert_ends[expert];
 #pragma unroll 4
         for (int source = 0; source < num_ranks; ++source) {
             table.expert_rows[source * local + expert] = row;
@@ -262,6 +264,7 @@ __device__ void plan_dispatch(const OpenParams& params, uint64_t epoch, int32_t*
     if (lane == 0) table.source_rows[0] = 0;
     if (lane != link.num_ranks - 1) return;
     *table.overflow = poisoned;
+    *params.told_overflow = poisoned;
     if (poisoned) {
         volatile StatusWords* status = link.status;
         status->overflow_rank = need.rank;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "layout/arena.h"
+#include "layout/plan.h"
 
 namespace moe_ep {
 
@@ -99,6 +100,51 @@ struct PlanTable {
     }
 };
 
+// Alignment of the parts of a plan's blocks.
+inline constexpr int64_t kPlanAlignment = 16;
+
+// The source's half of a plan and what making it takes, in one block of device memory. Replays need what comes first.
+struct SourcePlan {
+    int32_t* table;               // PlanTable
+    uint32_t* token_ranks;        // [T]
+    int32_t* idx_in_rank;         // [T, R]
+    int32_t* idx_in_expert;       // [T, K]
+    int32_t* choices_per_expert;  // [E]
+    int32_t* tokens_per_rank;     // [R]
+    uint8_t* is_token_in_rank;    // [T, R]
+    std::byte* workspace;
+    int64_t num_bytes;
+
+    // `dims`: sizes as the plan kernels count them, where rows go by a mask with ranks in place of experts.
+    MOE_EP_HOST_DEVICE SourcePlan(void* base, const PlanParams& dims, int num_experts) {
+        Cursor cursor(base);
+        const int64_t pairs = dims.num_tokens * dims.num_ranks;
+        table = cursor.take<int32_t>(PlanTable::num_words(dims.num_ranks, num_experts), kPlanAlignment);
+        token_ranks = cursor.take<uint32_t>(dims.num_tokens, kPlanAlignment);
+        idx_in_rank = cursor.take<int32_t>(pairs, kPlanAlignment);
+        idx_in_expert = cursor.take<int32_t>(dims.num_tokens * dims.top_k, kPlanAlignment);
+        choices_per_expert = cursor.take<int32_t>(dims.num_experts, kPlanAlignment);
+        tokens_per_rank = cursor.take<int32_t>(dims.num_ranks, kPlanAlignment);
+        is_token_in_rank = cursor.take<uint8_t>(pairs, kPlanAlignment);
+        workspace = cursor.take<std::byte>(PlanWorkspace(nullptr, dims).num_bytes, kPlanAlignment);
+        num_bytes = cursor.num_bytes(kPlanAlignment);
+    }
+};
+
+// The destination's half.
+struct ReceivedPlan {
+    int32_t* groups;     // [R][max_chunks][2]
+    int32_t* positions;  // [N, K]
+    int64_t num_bytes;
+
+    MOE_EP_HOST_DEVICE ReceivedPlan(void* base, int num_ranks, int64_t max_chunks, int64_t num_received, int top_k) {
+        Cursor cursor(base);
+        groups = cursor.take<int32_t>(num_ranks * max_chunks * 2, kPlanAlignment);
+        positions = cursor.take<int32_t>(num_received * top_k, kPlanAlignment);
+        num_bytes = cursor.num_bytes(kPlanAlignment);
+    }
+};
+
 // A capacity, or none: which rows there are, and what happens to more.
 struct CapacityRule {
     int64_t rows;        // of this rank's output; 0 where not limited
@@ -120,6 +166,9 @@ struct OpenParams {
     Layout layout;
     CapacityRule capacity;
     int32_t* table;           // PlanTable
+    int32_t* told_tokens;     // [e] as tokens_per_expert of the table, for the caller
+    int32_t* told_ends;       // [e] as expert_ends
+    uint8_t* told_overflow;   // [1] as overflow
     int64_t* received_total;  // [e] running count of received choices; null where nobody counts
     int32_t* host_counts;     // [e] pinned, as tokens_per_expert; null where no host waits
     SizeWords* sizes;         // null where no host waits

@@ -1,19 +1,20 @@
-"""Where a rank's tokens go, counted by kernels, and the opening of an exchange with those counts."""
+"""Where a rank's tokens go, counted by kernels, by themselves or at the opening of a dispatch."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_ep.backends.cuda import load_extension
-from moe_ep.backends.cuda_link import CudaLink, pointer
-from moe_ep.backends.cuda_outputs import WORD_BYTES, Counts
-from moe_ep.backends.cuda_plan import table_layout
+from moe_ep.backends.cuda_link import CudaLink
 from moe_ep.config import ExchangeSpec
 from moe_ep.handle import LAYOUT_CODES
 
+WORD_BYTES = 4
 # Parts of a block begin at multiples of 16 bytes.
 _PART_WORDS = 4
 
@@ -109,121 +110,80 @@ def choices_of_mask(in_rank: Tensor) -> Tensor:
     return torch.where(in_rank, ranks, -1)
 
 
-class Counting:
-    """The first part of a dispatch: plan a set of tokens, and open an exchange with their counts.
+@dataclasses.dataclass(eq=False, slots=True)
+class Counts:
+    """A set of tokens whose counts are exchanged when its call is launched: what follows from ``topk_idx`` alone.
 
-    Memory is allocated here, on the current stream; :meth:`open` launches, on the communication stream.
+    Attributes:
+        topk_idx: int64 [T, K] physical ids, after drops; a mask's ranks for rows that go by one.
+        source: int32, of the plan.
+        tokens_per_expert: int32 [e] received choices.
+        expert_ends: int32 [e].
+        overflow: bool 0-dim.
+        call: the extension's half.
+        told: int32 [E] choices as the caller counts them, or None.
+        sizes: (layout rows, received rows, largest T), once the host knows them.
+        host_counts: [e] received choices of each local expert, once the host knows them.
+    """
+
+    topk_idx: Tensor
+    source: Tensor
+    tokens_per_expert: Tensor
+    expert_ends: Tensor
+    overflow: Tensor
+    call: Any
+    told: Tensor | None = None
+    sizes: tuple[int, int, int] | None = None
+    host_counts: list[int] | None = None
+
+
+def get_ready(link: CudaLink, topk_idx: Tensor, spec: ExchangeSpec, told: Tensor | None = None) -> Counts:
+    """Allocate, on the current stream, what counting a set of tokens takes; launches nothing but a copy.
 
     Args:
         link: of the backend.
-        plan: of the tokens.
-        topk_idx: [T, K] of the choices that travel; not the plan's own for rows that go by a mask.
-        spec: the settings.
-        idx_pointer: address of int32 [T, K], places of these choices.
-        told: int32 [E] choices of this rank's tokens, as the caller counts them; None for the plan's own.
+        topk_idx: int64 [T, K] physical ids, -1 = no choice; of :func:`choices_of_mask` for rows that go by a mask.
+        spec: the settings; compact rows and ``top_k=0`` for rows that go by a mask.
+        told: int32 [E] choices of this rank's tokens as the caller counts them, for such rows.
     """
-
-    def __init__(
-        self,
-        link: CudaLink,
-        plan: TokenPlan,
-        topk_idx: Tensor,
-        spec: ExchangeSpec,
-        idx_pointer: int,
-        told: Tensor | None = None,
-    ) -> None:
-        self._link = link
-        self._plan = plan
-        self._spec = spec
-        self._told = plan.choices_pointer if told is None else told.data_ptr()
-        self.counts = Counts(
-            topk_idx=topk_idx,
-            idx_in_expert=idx_pointer,
-            idx_in_rank=plan.idx_in_rank,
-            token_ranks=plan.token_ranks,
-            table=_new_table(topk_idx.device, spec),
-            num_local_experts=spec.num_local_experts,
-            ticket=0,
-            sizes=None,
-            host_counts=None,
-            keep=(plan, told),
-        )
-
-    def open(
-        self, header: list[int], max_tokens: int = 0, limits: tuple[int, int] = (0, 0), totals: Tensor | None = None
-    ) -> None:
-        """Launch it; arguments as in ``CudaBackend.count``.
-
-        Args:
-            limits: rows of this rank's output and rows of every group; 0 where not limited or fixed.
-        """
-        drop = self._spec.capacity is not None and self._spec.on_overflow == "drop"
-        if drop:
-            self._plan.run(self._link.queue)
-            self._open(header, max_tokens, limits, None, drop)
-            self._drop()
-        self._plan.run(self._link.queue)
-        self.counts.ticket = self._open(header, max_tokens, limits, totals, drop)
-
-    def _drop(self) -> None:
-        """Take away the choices that their experts have no room for."""
-        plan, spec, table = self._plan, self._spec, self.counts.table
-        kept = table_layout(spec.num_ranks, spec.num_experts)["keep_choices"]
-        self._link.channel.drop(
-            topk_idx=plan.topk_idx.data_ptr(),
-            index_bytes=plan.topk_idx.itemsize,
-            idx_in_expert=plan.idx_pointer,
-            keep_choices=table.data_ptr() + WORD_BYTES * kept,
-            num_choices=plan.topk_idx.numel(),
-            num_experts=spec.num_experts,
-            stream=self._link.queue,
-        )
-
-    def _open(
-        self, header: list[int], max_tokens: int, limits: tuple[int, int], totals: Tensor | None, drop: bool
-    ) -> int:
-        spec = self._spec
-        return int(
-            self._link.channel.open_dispatch(
-                header=header,
-                choices_per_expert=self._told,
-                tokens_per_rank=self._plan.tokens_pointer,
-                num_tokens=self._plan.topk_idx.shape[0],
-                max_tokens=max_tokens,
-                num_experts=spec.num_experts,
-                alignment=spec.alignment,
-                layout=LAYOUT_CODES[spec.layout],
-                capacity_rows=limits[0],
-                capacity_per_expert=limits[1],
-                drop=drop,
-                table=self.counts.table.data_ptr(),
-                received_total=pointer(totals),
-                tell_sizes=max_tokens == 0,
-                stream=self._link.queue,
-            )
-        )
-
-
-def count_choices(link: CudaLink, topk_idx: Tensor, spec: ExchangeSpec) -> Counting:
-    """Get ready to count choices int64 [T, K] of physical ids, -1 = no choice."""
+    settings = _settings_of(spec, topk_idx.itemsize, told is not None)
     if spec.capacity is not None and spec.on_overflow == "drop":
+        # Choices that are dropped are taken out of it.
         topk_idx = topk_idx.clone()
-    plan = TokenPlan(topk_idx, spec.num_experts, spec.num_ranks)
-    return Counting(link, plan, topk_idx, spec, plan.idx_pointer)
+    num_tokens, new, local = topk_idx.shape[0], link.words.new_empty, spec.num_local_experts
+    source = new(source_words(num_tokens, spec.top_k, spec.num_experts, spec.num_ranks, told is not None))
+    tokens_per_expert, expert_ends, overflow = new(local), new(local), new((), dtype=torch.bool)
+    call = link.extension.DispatchCall(
+        settings,
+        num_tokens,
+        topk_idx.data_ptr(),
+        source.data_ptr(),
+        0 if told is None else told.data_ptr(),
+        tokens_per_expert.data_ptr(),
+        expert_ends.data_ptr(),
+        overflow.data_ptr(),
+    )
+    return Counts(topk_idx, source, tokens_per_expert, expert_ends, overflow, call, told)
 
 
-def count_rows(link: CudaLink, choices: Tensor, told: Tensor, spec: ExchangeSpec) -> Counting:
-    """Get ready to count rows that go by a mask alone.
+@functools.lru_cache(maxsize=256)
+def _settings_of(spec: ExchangeSpec, index_bytes: int, by_mask: bool) -> Any:  # noqa: ANN401
+    return load_extension().CountSettings(
+        num_ranks=spec.num_ranks,
+        top_k=spec.top_k,
+        num_experts=spec.num_experts,
+        index_bytes=index_bytes,
+        alignment=spec.alignment,
+        layout=LAYOUT_CODES[spec.layout],
+        drop=spec.capacity is not None and spec.on_overflow == "drop",
+        by_mask=by_mask,
+    )
 
-    Args:
-        link: of the backend.
-        choices: of :func:`choices_of_mask`.
-        told: int32 [E] choices of this rank's tokens, as the caller counts them.
-        spec: the settings; compact rows, ``top_k=0``.
-    """
-    plan = TokenPlan(choices, spec.num_ranks, spec.num_ranks)
-    none = torch.empty(choices.shape[0], 0, dtype=torch.int64, device=choices.device)
-    return Counting(link, plan, none, spec, 0, told)
+
+@functools.lru_cache(maxsize=1024)
+def source_words(num_tokens: int, top_k: int, num_experts: int, num_ranks: int, by_mask: bool = False) -> int:
+    """Int32 words of the source's half of a plan."""
+    return int(load_extension().source_plan_words(num_tokens, top_k, num_experts, num_ranks, by_mask))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -233,10 +193,6 @@ def _workspace_bytes(num_tokens: int, top_k: int, num_experts: int, num_ranks: i
             num_tokens=num_tokens, top_k=top_k, num_experts=num_experts, num_ranks=num_ranks
         )
     )
-
-
-def _new_table(device: torch.device, spec: ExchangeSpec) -> Tensor:
-    return _int32(device, table_layout(spec.num_ranks, spec.num_experts)["num_words"])
 
 
 def _int32(device: torch.device, *sizes: int) -> Tensor:

@@ -7,8 +7,6 @@ torch backend; sums differ by rounding alone.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,14 +14,14 @@ from torch import Tensor
 
 from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
-from moe_ep.backends.cuda_counting import choices_of_mask, count_choices, count_rows
+from moe_ep.backends.cuda_counting import WORD_BYTES, Counts, choices_of_mask, get_ready
 from moe_ep.backends.cuda_jobs import Launch
 from moe_ep.backends.cuda_link import CudaLink, aligned, pointer
-from moe_ep.backends.cuda_outputs import WORD_BYTES, Counts, Outputs, outputs_of
-from moe_ep.backends.cuda_placing import FIRST_LAP, Placing
+from moe_ep.backends.cuda_outputs import Outputs, outputs_of
+from moe_ep.backends.cuda_placing import Placing
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import FP8_GROUP, ExchangeSpec
-from moe_ep.handle import LAYOUT_CODES, CudaPlan
+from moe_ep.handle import CudaPlan
 from moe_ep.plan import rows_of_factor
 
 _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
@@ -33,6 +31,7 @@ _SENDERS_OF_24 = {"compact": 8, "expanded": 8, "slab": 8, "combine": 16, "combin
 # SMs until a number is given: where the measured curve of two H100s begins to flatten (benchmarks/NOTES.md).
 _DEFAULT_SMS = {"compact": 24, "expanded": 32, "slab": 32, "combine": 32, "combine compact": 24}
 _HOPPER = (9, 0)
+_MOST_SETTINGS = 256
 
 
 class CudaBackend:
@@ -54,6 +53,7 @@ class CudaBackend:
         self.reserved_tokens = 0
         self._extension = load_extension()
         self._serial = 0
+        self._settings: dict[tuple[Any, ...], Any] = {}
 
     @property
     def memory_bytes(self) -> int:
@@ -100,6 +100,12 @@ class CudaBackend:
             self.reserved_tokens = max(self.reserved_tokens, tokens)
         self.link.reserve(self.reserved_tokens, row_bytes, meta_words)
 
+    def will_agree(self, row_bytes: int, meta_words: int) -> bool:
+        """Whether peers that begin an exchange of such rows first talk about memory, as in :meth:`ensure`."""
+        if not self.link.fits(row_bytes, meta_words):
+            return True
+        return self.max_tokens > self.reserved_tokens and self.link.must_grow(self.max_tokens, row_bytes, meta_words)
+
     def num_laps(self, max_tokens: int, record: tuple[int, int]) -> int:
         """How often an exchange goes round the rings.
 
@@ -143,27 +149,19 @@ class CudaBackend:
             max_tokens: largest T of any rank, which a capacity needs; 0 without one.
             totals: int64 [e], running count of received choices.
         """
-        counting = count_choices(self.link, topk_idx, spec)
-        self.link.follow(self.link.here())
-        counting.open(header, max_tokens, self._capacity(spec, max_tokens), totals)
-        return counting.counts
+        counts = self._count(topk_idx, spec, max_tokens, totals)
+        counts.call.count(self.link.channel, header, self.link.here(), self.link.queue)
+        return counts
 
-    def _capacity(self, spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:
-        """Rows of this rank's output and rows of every group; 0 where not limited or fixed."""
-        if spec.layout == "slab":
-            return 0, spec.num_ranks * (spec.max_tokens_per_rank or 0)
-        if spec.capacity is None:
-            return 0, 0
-        if spec.capacity.rows is not None:
-            return spec.capacity.rows, 0
-        return 0, spec.capacity.per_expert or rows_of_factor(spec.capacity.factor or 0.0, spec, max_tokens)
-
-    def _static_sizes(self, spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:
-        """Layout rows of this rank with a capacity, or of slabs, and the most that it receives."""
-        rows, per_expert = self._capacity(spec, max_tokens)
-        rows, received = rows or per_expert * spec.num_local_experts, self.control.size * max_tokens
-        # What a capacity does not hold never arrives.
-        return rows, min(rows, received) if spec.layout == "compact" else received
+    def _count(
+        self, topk_idx: Tensor, spec: ExchangeSpec, max_tokens: int, totals: Tensor | None, told: Tensor | None = None
+    ) -> Counts:
+        """Get ready to count; arguments as in :meth:`count`, and ``told`` as in ``get_ready``."""
+        counts = get_ready(self.link, topk_idx, spec, told)
+        counts.call.set_capacity(max_tokens, *_limits_of(spec, max_tokens))
+        if totals is not None:
+            counts.call.set_total(totals.data_ptr())
+        return counts
 
     def dispatch(
         self,
@@ -180,6 +178,7 @@ class CudaBackend:
         planned: Counts | None = None,
         num_sms: int | None = None,
         with_source: bool = False,
+        beside: bool = False,
     ) -> Launch[Dispatch]:
         """Launch a dispatch. Arguments are valid; ids are physical.
 
@@ -196,19 +195,14 @@ class CudaBackend:
             planned: counts that were exchanged before.
             num_sms: None for the default.
             with_source: whether the result tells each received row's token.
+            beside: whether the current stream may be given more work before the outputs are asked for.
         """
         # Copies are made on the current stream, which the exchange waits for.
         x, topk_idx = aligned(x), topk_idx.contiguous()
-        current = self.link.begin()
-        opening: Callable[[], None]
-        if planned is None:
-            counting = count_choices(self.link, topk_idx, spec)
-            counts, limits = counting.counts, self._capacity(spec, max_tokens)
-            opening = functools.partial(counting.open, header, max_tokens, limits, totals)
-        else:
-            counts, opening = planned, functools.partial(self.link.channel.open, header, self.link.queue)
-        inputs = (x, scales, topk_weights)
-        return self._launch(inputs, spec, counts, opening, owner, current, max_tokens, num_sms, with_source)
+        self.link.begin()
+        counts = planned or self._count(topk_idx, spec, max_tokens, totals)
+        inputs, counted = (x, scales, topk_weights), planned is not None
+        return self._launch(inputs, spec, counts, counted, header, owner, max_tokens, num_sms, with_source, beside)
 
     def dispatch_rows(
         self,
@@ -231,90 +225,98 @@ class CudaBackend:
         x, choices = aligned(x), choices_of_mask(in_rank)
         told = choices_per_expert.to(device=x.device, dtype=torch.int32, non_blocking=True)
         spec = dataclasses.replace(spec, top_k=0)
-        current = self.link.begin()
-        counting = count_rows(self.link, choices, told, spec)
-        opening = functools.partial(counting.open, header)
-        return self._launch((x, scales, None), spec, counting.counts, opening, owner, current, 0, num_sms, True)
+        self.link.begin()
+        counts = self._count(choices, spec, 0, None, told)
+        return self._launch((x, scales, None), spec, counts, False, header, owner, 0, num_sms, True, False)
 
     def _launch(
         self,
         inputs: tuple[Tensor, Tensor | None, Tensor | None],
         spec: ExchangeSpec,
         counts: Counts,
-        opening: Callable[[], None],
+        counted: bool,
+        header: list[int],
         owner: int,
-        current: int,
         max_tokens: int,
         num_sms: int | None,
         with_source: bool,
+        beside: bool,
     ) -> Launch[Dispatch]:
         """Open a dispatch, and move its rows."""
-        (x, scales, topk_weights), cast = inputs, 0
-        row_bytes, scale_words = x.shape[1] * x.itemsize, 0 if scales is None else scales.shape[1]
-        if spec.wire_dtype is not None and scales is None:
-            cast, row_bytes, scale_words = _CASTS[x.dtype], x.shape[1], x.shape[1] // FP8_GROUP
-        weight_words = 0 if topk_weights is None else topk_weights.itemsize // WORD_BYTES
-        meta_words = (2 + weight_words) * spec.top_k + scale_words
+        (x, scales, topk_weights), link, call = inputs, self.link, counts.call
+        current = link.here()
+        settings, record = self._row_settings(spec, x, scales, topk_weights, num_sms)
+        strides = (0, 0) if scales is None else scales.stride()
+        call.set_rows(settings, x.data_ptr(), pointer(topk_weights), pointer(scales), *strides)
         self._serial += 1
-        arguments = self._extension.DispatchArguments(
-            row_bytes=row_bytes,
-            meta_words=meta_words,
-            top_k=spec.top_k,
-            num_experts=spec.num_experts,
-            table=counts.table.data_ptr(),
-            token_ranks=counts.token_ranks.data_ptr(),
-            idx_in_rank=counts.idx_in_rank.data_ptr(),
-            num_tokens=x.shape[0],
-            with_plan=True,
-            layout=LAYOUT_CODES[spec.layout],
-            cast=cast,
-            x=x.data_ptr(),
-            topk_idx=counts.topk_idx.data_ptr(),
-            index_bytes=counts.topk_idx.itemsize,
-            weight_words=weight_words,
-            scale_words=scale_words,
-            idx_in_expert=counts.idx_in_expert,
-            topk_weights=pointer(topk_weights),
-            scales=pointer(scales),
-            scale_stride=0 if scales is None else scales.stride(0),
-            scale_word_stride=0 if scales is None else scales.stride(1),
-        )
-        out = Outputs(self.control.incarnation, spec, inputs, counts, owner, self._serial, arguments, with_source)
-        senders, placers = self._split(spec.layout, num_sms)
-        bulk, keep = self.bulk and cast == 0, (inputs, counts, out)
+        identity = (owner, self.control.incarnation, self._serial)
+        out = Outputs(spec, inputs, counts, identity, with_source)
         if max_tokens or counts.sizes is not None:
-            sizes = counts.sizes or (*self._static_sizes(spec, max_tokens), max_tokens)
-            result = out.allocate(*sizes)
-            self.link.follow(current)
-            opening()
-            self.link.channel.dispatch(
-                arguments, num_senders=senders, num_placers=placers, bulk=bulk, stream=self.link.queue
-            )
-            flight = self.link.end(current, (*keep, result))
-            return Launch(self.link, lambda: (result, (flight,)), outputs_of)
-        self.link.follow(current)
-        opening()
-        opened = self._extension.Event()
-        opened.record(self.link.queue)
+            out.allocate(*(counts.sizes or (*static_sizes(spec, max_tokens), max_tokens)))
+            event = call.run(link.channel, header, current, link.queue, counted)
+            result = out.result()
+            flight = link.end(current, (inputs, counts, result), event)
+            return Launch(link, lambda: (result, (flight,)), outputs_of)
         # What is sent before the sizes are known must not wait for peers, which may wait for this host.
-        self.link.channel.dispatch(
-            arguments,
-            num_senders=senders,
-            num_placers=0,
-            laps=FIRST_LAP,
-            bulk=bulk,
-            stream=self.link.queue,
-        )
-        flight = self.link.end(current, keep)
+        event = call.send(link.channel, header, current, link.queue, counted)
+        keep = (inputs, counts)
+        flight = link.end(current, keep, event)
 
         def note_sizes(max_tokens: int) -> int:
             self.max_tokens = max(self.max_tokens, max_tokens)
-            return self.num_laps(max_tokens, (row_bytes, meta_words))
+            return self.num_laps(max_tokens, record)
 
-        split, launched = (senders, placers), (flight, keep)
-        placing = Placing(self.link, note_sizes, counts, out, arguments, split, bulk, opened, launched)
-        self.link.defer(placing.place)
-        return Launch(self.link, placing.outputs, outputs_of)
+        placing = Placing(link, note_sizes, counts, out, (flight, keep), beside)
+        link.defer(placing.place)
+        return Launch(link, placing.outputs, outputs_of)
+
+    def _row_settings(
+        self,
+        spec: ExchangeSpec,
+        x: Tensor,
+        scales: Tensor | None,
+        topk_weights: Tensor | None,
+        num_sms: int | None,
+    ) -> tuple[Any, tuple[int, int]]:
+        """How the rows of a dispatch travel: the extension's settings, and bytes of a row and words of metadata."""
+        weight_words = 0 if topk_weights is None else topk_weights.itemsize // WORD_BYTES
+        scale_words = 0 if scales is None else scales.shape[1]
+        key = ("dispatch", spec, x.dtype, x.shape[1], weight_words, scale_words, num_sms)
+        if key not in self._settings:
+            cast, row_bytes, num_scales = 0, x.shape[1] * x.itemsize, scale_words
+            if spec.wire_dtype is not None and scales is None:
+                cast, row_bytes, num_scales = _CASTS[x.dtype], x.shape[1], x.shape[1] // FP8_GROUP
+            senders, placers = self._split(spec.layout, num_sms)
+            settings = self._extension.RowSettings(
+                row_bytes=row_bytes,
+                weight_words=weight_words,
+                scale_words=num_scales,
+                cast=cast,
+                num_senders=senders,
+                num_placers=placers,
+                bulk=self.bulk and cast == 0,
+            )
+            self._remember(key, (settings, (row_bytes, (2 + weight_words) * spec.top_k + num_scales)))
+        return self._settings[key]
+
+    def _remember(self, key: tuple[Any, ...], settings: Any) -> None:  # noqa: ANN401
+        # Settings that vary without end are not worth keeping.
+        if len(self._settings) >= _MOST_SETTINGS:
+            self._settings.clear()
+        self._settings[key] = settings
+
+    def _kept(self, plan: CudaPlan) -> Any:  # noqa: ANN401
+        return self._extension.KeptPlan(
+            plan.num_tokens,
+            plan.top_k,
+            plan.num_experts,
+            plan.layout,
+            plan.zero_padding,
+            plan.num_rows,
+            plan.max_chunks,
+            plan.source.data_ptr(),
+            plan.received.data_ptr(),
+        )
 
     def replay(
         self,
@@ -330,40 +332,38 @@ class CudaBackend:
         scale_words = 0 if scales is None else scales.shape[1]
         rows = x.new_empty(plan.num_rows, x.shape[1])
         out_scales = None if scales is None else scales.new_empty(plan.num_rows, scale_words)
-        self.link.follow(current)
-        self.link.channel.open(header, self.link.queue)
-        arguments = self._extension.DispatchArguments(
-            row_bytes=x.shape[1] * x.itemsize,
-            meta_words=scale_words,
-            top_k=plan.top_k,
-            num_experts=plan.num_experts,
-            table=plan.table.data_ptr(),
-            token_ranks=plan.token_ranks.data_ptr(),
-            idx_in_rank=plan.idx_in_rank.data_ptr(),
-            num_tokens=plan.num_tokens,
-            with_plan=False,
-            layout=plan.layout,
-            x=x.data_ptr(),
-            scale_words=scale_words,
-            scales=pointer(scales),
-            scale_stride=0 if scales is None else scales.stride(0),
-            scale_word_stride=0 if scales is None else scales.stride(1),
+        strides = (0, 0) if scales is None else scales.stride()
+        event = self._extension.replay(
+            self.link.channel,
+            self._replay_settings(x, scale_words, plan.is_compact, num_sms),
+            self._kept(plan),
+            header,
+            x.data_ptr(),
+            pointer(scales),
+            *strides,
+            rows.data_ptr(),
+            pointer(out_scales),
+            current,
+            self.link.queue,
         )
-        arguments.set_output(
-            max_chunks=plan.max_chunks,
-            groups=plan.groups.data_ptr(),
-            positions=plan.positions.data_ptr(),
-            out=rows.data_ptr(),
-            num_rows=plan.num_rows,
-            out_scales=pointer(out_scales),
-            zero_padding=plan.zero_padding,
-        )
-        senders, placers = self._split("compact" if plan.is_compact else "expanded", num_sms)
-        self.link.channel.dispatch(
-            arguments, num_senders=senders, num_placers=placers, bulk=self.bulk, stream=self.link.queue
-        )
-        flight = self.link.end(current, (x, scales, rows, out_scales, plan))
+        flight = self.link.end(current, (x, scales, rows, out_scales, plan), event)
         return Launch(self.link, lambda: ((rows, out_scales), (flight,)), tuple)
+
+    def _replay_settings(self, x: Tensor, scale_words: int, compact: bool, num_sms: int | None) -> Any:  # noqa: ANN401
+        key = ("replay", x.dtype, x.shape[1], scale_words, compact, num_sms)
+        if key not in self._settings:
+            senders, placers = self._split("compact" if compact else "expanded", num_sms)
+            settings = self._extension.RowSettings(
+                row_bytes=x.shape[1] * x.itemsize,
+                weight_words=0,
+                scale_words=scale_words,
+                cast=0,
+                num_senders=senders,
+                num_placers=placers,
+                bulk=self.bulk,
+            )
+            self._remember(key, settings)
+        return self._settings[key]
 
     # Combine
 
@@ -404,38 +404,67 @@ class CudaBackend:
             top_k = values.shape[1] if plan.is_compact else plan.top_k
             out_values = values.new_empty(plan.num_tokens, top_k)
             value_words = values.itemsize // WORD_BYTES
-        self.link.follow(current)
-        self.link.channel.open(header, self.link.queue)
-        senders, reducers = self._split("combine compact" if plan.is_compact else "combine", num_sms)
-        self.link.channel.combine(
-            row_bytes=y.shape[1] * (WORD_BYTES if wide else y.itemsize),
-            meta_words=top_k * value_words,
-            top_k=top_k,
-            num_experts=plan.num_experts,
-            max_chunks=plan.max_chunks,
-            table=plan.table.data_ptr(),
-            groups=plan.groups.data_ptr(),
-            positions=plan.positions.data_ptr(),
-            token_ranks=plan.token_ranks.data_ptr(),
-            num_tokens=plan.num_tokens,
-            num_senders=senders,
-            num_reducers=reducers,
-            bulk=self.bulk,
-            layout=plan.layout,
-            element=_ELEMENTS[y.dtype],
-            wide_wire=wide,
-            hidden=y.shape[1],
-            y=y.data_ptr(),
-            row_weights=pointer(row_weights),
-            weight_words=0 if row_weights is None else row_weights.itemsize // WORD_BYTES,
-            values=pointer(values),
-            value_words=value_words,
-            only_own_values=only_own_values,
-            out=out.data_ptr(),
-            bias_0=pointer(bias[0]) if bias else 0,
-            bias_1=pointer(bias[1]) if len(bias) > 1 else 0,
-            out_values=pointer(out_values),
-            stream=self.link.queue,
+        weight_words = 0 if row_weights is None else row_weights.itemsize // WORD_BYTES
+        words = (weight_words, value_words)
+        event = self._extension.combine(
+            self.link.channel,
+            self._combine_settings(y, words, only_own_values, wide, plan.is_compact, num_sms),
+            self._kept(plan),
+            header,
+            top_k,
+            y.data_ptr(),
+            pointer(row_weights),
+            pointer(values),
+            out.data_ptr(),
+            pointer(bias[0]) if bias else 0,
+            pointer(bias[1]) if len(bias) > 1 else 0,
+            pointer(out_values),
+            current,
+            self.link.queue,
         )
-        flight = self.link.end(current, (y, row_weights, plan, bias, values, out, out_values))
+        flight = self.link.end(current, (y, row_weights, plan, bias, values, out, out_values), event)
         return Launch(self.link, lambda: ((out, out_values), (flight,)), tuple)
+
+    def _combine_settings(
+        self, y: Tensor, words: tuple[int, int], only_own_values: bool, wide: bool, compact: bool, num_sms: int | None
+    ) -> Any:  # noqa: ANN401
+        key = ("combine", y.dtype, y.shape[1], words, only_own_values, wide, compact, num_sms)
+        if key not in self._settings:
+            senders, reducers = self._split("combine compact" if compact else "combine", num_sms)
+            settings = self._extension.CombineSettings(
+                element=_ELEMENTS[y.dtype],
+                hidden=y.shape[1],
+                wide_wire=wide,
+                weight_words=words[0],
+                value_words=words[1],
+                only_own_values=only_own_values,
+                num_senders=senders,
+                num_reducers=reducers,
+                bulk=self.bulk,
+            )
+            self._remember(key, settings)
+        return self._settings[key]
+
+
+def static_sizes(spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:
+    """Layout rows of a rank with a capacity, or of slabs, and the most that it receives.
+
+    Args:
+        spec: the settings.
+        max_tokens: largest T of any rank.
+    """
+    rows, per_expert = _limits_of(spec, max_tokens)
+    rows, received = rows or per_expert * spec.num_local_experts, spec.num_ranks * max_tokens
+    # What a capacity does not hold never arrives.
+    return rows, min(rows, received) if spec.layout == "compact" else received
+
+
+def _limits_of(spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:
+    """Rows of a rank's output and rows of every group; 0 where not limited or fixed."""
+    if spec.layout == "slab":
+        return 0, spec.num_ranks * (spec.max_tokens_per_rank or 0)
+    if spec.capacity is None:
+        return 0, 0
+    if spec.capacity.rows is not None:
+        return spec.capacity.rows, 0
+    return 0, spec.capacity.per_expert or rows_of_factor(spec.capacity.factor or 0.0, spec, max_tokens)

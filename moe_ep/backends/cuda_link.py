@@ -49,8 +49,8 @@ class CudaLink:
         self.control = control
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.granted_bytes = granted_bytes
-        self._extension = load_extension()
-        arena = self._extension.Arena
+        self.extension = load_extension()
+        arena = self.extension.Arena
         self.way, capabilities = gather_capability(
             lambda: local_capability(arena, self.device.index, host_id()), control.rank, self.gather_bytes
         )
@@ -64,7 +64,9 @@ class CudaLink:
         # Streams as the extension takes them; asking torch for one each time costs as much as a launch.
         self.queue: int = self.stream.cuda_stream
         self.place_queue: int = self.place_stream.cuda_stream
-        self._order = self._extension.Event()
+        self._order = self.extension.Event()
+        # Makes int32 tensors on the device.
+        self.words = torch.empty(0, dtype=torch.int32, device=self.device)
         self._flights: list[Flight] = []
         self._unplaced: list[Callable[[], None]] = []
         self._caller: int | None = None
@@ -86,11 +88,11 @@ class CudaLink:
 
     def group_bytes(self, row_bytes: int, meta_words: int) -> int:
         """Bytes of one group of rows in a ring."""
-        return int(self._extension.group_layout(row_bytes=row_bytes, meta_words=meta_words)["num_bytes"])
+        return int(self.extension.group_layout(row_bytes=row_bytes, meta_words=meta_words)["num_bytes"])
 
     def ring_groups(self, row_bytes: int, meta_words: int) -> int:
         """Groups that each source's ring holds."""
-        told = self._extension.group_layout(row_bytes=row_bytes, meta_words=meta_words)
+        told = self.extension.group_layout(row_bytes=row_bytes, meta_words=meta_words)
         return max(min(self.payload_bytes // told["num_bytes"], told["max_ring_groups"]), 1)
 
     def payload_for(self, max_tokens: int, row_bytes: int, meta_words: int) -> int:
@@ -100,7 +102,7 @@ class CudaLink:
             return self.granted_bytes // num_ranks // _ALIGNMENT * _ALIGNMENT
         if num_ranks == 1:
             return 0
-        groups = max(-(-max_tokens // self._extension.CHUNK_TOKENS), _LEAST_GROUPS)
+        groups = max(-(-max_tokens // self.extension.CHUNK_TOKENS), _LEAST_GROUPS)
         return min(group * groups, max(_DEFAULT_PAYLOAD_BYTES // num_ranks, group * _LEAST_GROUPS))
 
     def check_grant(self, row_bytes: int, meta_words: int) -> None:
@@ -128,17 +130,21 @@ class CudaLink:
             row_bytes, meta_words
         )
 
+    def must_grow(self, max_tokens: int, row_bytes: int, meta_words: int) -> bool:
+        """Whether :meth:`reserve` would make new rings."""
+        return self.channel is None or self.payload_for(max_tokens, row_bytes, meta_words) > self.payload_bytes
+
     def reserve(self, max_tokens: int, row_bytes: int, meta_words: int) -> None:
         """Make rings large enough. Collective; all ranks pass the same sizes. Waits for the device."""
-        payload = self.payload_for(max_tokens, row_bytes, meta_words)
-        if self.channel is not None and payload <= self.payload_bytes:
+        if not self.must_grow(max_tokens, row_bytes, meta_words):
             return
+        payload = self.payload_for(max_tokens, row_bytes, meta_words)
         if torch.cuda.is_current_stream_capturing():
             raise MoeEpError(
                 "the arena has to grow during a capture: run the same exchange once before, or call "
                 "reserve(max_tokens_per_rank, row_bytes)"
             )
-        self._place_deferred()
+        self.settle()
         torch.cuda.synchronize(self.device)
         if self.arena is not None:
             # Peers may still store into it: all ranks have finished what came before.
@@ -146,11 +152,11 @@ class CudaLink:
             self.arena.close()
         epoch = 0 if self.channel is None else self.channel.epoch()
         size = self._arena_size(payload)
-        self.arena = self._extension.Arena(num_bytes=size, device=self.device.index, way=self.way)
+        self.arena = self.extension.Arena(num_bytes=size, device=self.device.index, way=self.way)
         addresses = share(
             self.arena, self.control.rank, self.control.size, self.gather_bytes, timeout_s=self.control.timeout_s
         )
-        self.channel = self._extension.Channel(
+        self.channel = self.extension.Channel(
             arenas=addresses,
             rank=self.control.rank,
             payload_bytes=payload,
@@ -177,7 +183,7 @@ class CudaLink:
         return self.arena, self._arena_size(self.payload_bytes) - num_bytes, num_bytes
 
     def _arena_size(self, payload_bytes: int) -> int:
-        return int(self._extension.arena_bytes(num_ranks=self.control.size, payload_bytes=payload_bytes))
+        return int(self.extension.arena_bytes(num_ranks=self.control.size, payload_bytes=payload_bytes))
 
     def synchronize(self) -> None:
         """Wait for every exchange that was launched."""
@@ -212,7 +218,7 @@ class CudaLink:
         Rows of dispatches that nobody has waited for are placed first: peers take the next exchange for a sign that the
         rings are free again.
         """
-        self._place_deferred()
+        self.settle()
         if not torch.cuda.is_current_stream_capturing():
             self._flights = [one for one in self._flights if not one.let_go()]
         return self.here()
@@ -234,7 +240,8 @@ class CudaLink:
         # NOTE: torch.cuda.current_stream makes an object, which takes ten times as long.
         return int(torch._C._cuda_getCurrentRawStream(self.device.index))
 
-    def _place_deferred(self) -> None:
+    def settle(self) -> None:
+        """Place the rows of dispatches that nobody has waited for; the host waits for their sizes."""
         while self._unplaced:
             self._unplaced[0]()
 
@@ -245,7 +252,7 @@ class CudaLink:
         Memory of the current stream may be in use by what that stream has yet to do. What is allocated inside and is
         for the caller's stream needs ``record_stream``.
         """
-        self._place_deferred()
+        self.settle()
         caller = self.here()
         with torch.cuda.stream(self.stream):
             event.current_stream_wait()
@@ -264,10 +271,17 @@ class CudaLink:
         if place in self._unplaced:
             self._unplaced.remove(place)
 
-    def end(self, current: int, keep: tuple[Any, ...]) -> Flight:
-        """Mark the end of what was launched since :meth:`begin`, and keep its tensors until then."""
-        event = self._extension.Event()
-        event.record(self.queue)
+    def end(self, current: int, keep: tuple[Any, ...], event: Any = None) -> Flight:  # noqa: ANN401
+        """Mark the end of what was launched since :meth:`begin`, and keep its tensors until then.
+
+        Args:
+            current: the stream that the tensors belong to.
+            keep: them.
+            event: that end, where it was recorded already.
+        """
+        if event is None:
+            event = self.extension.Event()
+            event.record(self.queue)
         # What was allocated on the communication stream goes back to it, which comes after its own exchanges.
         stream = current if self._caller is None else self._caller
         flight = Flight(event, stream, keep, torch.cuda.is_current_stream_capturing())
@@ -314,11 +328,11 @@ class CudaLink:
             self._broken = MoeEpError(f"{type(error).__name__}: {error}")
         raise error
 
-    def wait_sizes(self, ticket: int) -> tuple[int, int, int]:
-        """Layout rows, received rows and the largest T of a dispatch; the host waits."""
+    def wait_sizes(self, call: Any) -> tuple[int, int, int]:  # noqa: ANN401
+        """Layout rows, received rows and the largest T of a dispatch call; the host waits."""
         start, warned = time.monotonic(), False
         while True:
-            sizes = self.channel.wait_sizes(ticket, _POLL_SECONDS)
+            sizes = call.wait_sizes(self.channel, _POLL_SECONDS)
             if sizes is not None:
                 return sizes
             self.check()
@@ -343,8 +357,14 @@ class CudaLink:
         self._overflows = times
         return rank, needed, given
 
+    def is_quiet(self) -> bool:
+        """Whether :meth:`new_overflow` and :meth:`check` would find nothing."""
+        return self._broken is None and (self.channel is None or self.channel.is_quiet(self._overflows))
+
     def check(self) -> None:
         """Raise what went wrong in an exchange before. Waits for nothing."""
+        if self.is_quiet():
+            return
         if self._broken is not None:
             raise MoeEpError(f"this Buffer cannot be used after: {self._broken}; call reset() on all ranks first")
         trouble = None if self.channel is None else self.channel.trouble()

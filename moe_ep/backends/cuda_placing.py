@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from moe_ep.backends.cuda_counting import Counts
 from moe_ep.backends.cuda_jobs import Flight
 from moe_ep.backends.cuda_link import CudaLink
-from moe_ep.backends.cuda_outputs import Counts, Outputs
+from moe_ep.backends.cuda_outputs import Outputs
 from moe_ep.backends.types import Dispatch
-
-# What a launch sends of the laps round the rings: the first one needs no room to be made by peers.
-FIRST_LAP, LATER_LAPS = 1, 2
 
 
 class Placing:
-    """The second half of a dispatch whose sizes the host has to learn first."""
+    """The second half of a dispatch whose sizes the host has to learn first.
+
+    Args:
+        link: of the backend.
+        note_sizes: told the largest T of any rank; returns how often the exchange goes round the rings.
+        counts: of the tokens.
+        out: what is to be allocated.
+        launched: the first half, and what the second reads.
+        beside: whether the caller may have given the current stream more work since, which placing need not wait for.
+    """
 
     def __init__(
         self,
@@ -23,50 +32,45 @@ class Placing:
         note_sizes: Callable[[int], int],
         counts: Counts,
         out: Outputs,
-        arguments: Any,
-        split: tuple[int, int],
-        bulk: bool,
-        opened: Any,
         launched: tuple[Flight, tuple[Any, ...]],
+        beside: bool,
     ) -> None:
         self._link = link
         self._note_sizes = note_sizes
         self._counts = counts
         self._out = out
-        self._arguments = arguments
-        self._split = split
-        self._bulk = bulk
-        self._opened = opened
         self._flight, self._keep = launched
+        self._beside = beside
         self._result: Dispatch | None = None
         self._flights: tuple[Flight, ...] = ()
 
     def place(self) -> None:
-        """Wait for the sizes, allocate on the current stream, and launch."""
+        """Wait for the sizes, allocate, and launch."""
         link, counts = self._link, self._counts
         try:
-            sizes = link.wait_sizes(counts.ticket)
+            sizes = link.wait_sizes(counts.call)
         finally:
             link.placed(self.place)
-        counts.host_counts = link.channel.host_counts(counts.ticket, counts.num_local_experts)
-        here = link.here()
-        self._result = self._out.allocate(*sizes)
-        stream = link.place_queue
-        self._opened.wait(stream)
-        link.order(here, stream)
-        # Later laps are sent and placed by one launch, so that senders never wait for placers that are not there.
-        num_laps = self._note_sizes(sizes[2])
-        link.channel.dispatch(
-            self._arguments,
-            num_senders=self._split[0] if num_laps > 1 else 0,
-            num_placers=self._split[1],
-            laps=LATER_LAPS,
-            bulk=self._bulk,
-            stream=stream,
-        )
-        # Later exchanges come after this one's rows are placed.
-        link.order(stream, link.queue)
-        self._flights = (link.end(here, (*self._keep, self._result)), self._flight)
+        here = self._allocate(sizes)
+        event = counts.call.place(link.channel, here, link.queue, link.place_queue, self._note_sizes(sizes[2]))
+        counts.host_counts = counts.call.host_counts(link.channel)
+        self._result = self._out.result()
+        # Inputs go back to the stream that they came from. Outputs that were allocated on the placing stream go back to
+        # that, which comes after its own work, so that nobody has to keep them.
+        inputs = link.end(self._flight.stream, self._keep, event)
+        outputs = () if here == link.place_queue else (self._out, self._result)
+        self._flights = (link.end(here, outputs, event), inputs, self._flight)
+
+    def _allocate(self, sizes: tuple[int, int, int]) -> int:
+        """Allocate outputs; returns the stream that they belong to, which placing comes behind."""
+        link = self._link
+        if not self._beside:
+            self._out.allocate(*sizes)
+            return link.here()
+        # Memory of the current stream may be in use by what that stream has been given since the launch.
+        with torch.cuda.stream(link.place_stream):
+            self._out.allocate(*sizes)
+        return link.place_queue
 
     def outputs(self) -> tuple[Dispatch, tuple[Flight, ...]]:
         """The outputs, and what to wait for before they are read."""

@@ -238,11 +238,11 @@ def watched(run: Run, fault: str | None) -> Iterator[None]:
     """Note where dispatches write; with a fault, let go what must be kept."""
     end, land, lend = CudaLink.end, CudaLink.land, CudaLink.lend
 
-    def watch(self: CudaLink, current: torch.cuda.Stream, keep: tuple[Any, ...]) -> Flight:
+    def watch(self: CudaLink, current: int, keep: tuple[Any, ...], event: Any = None) -> Flight:
         for kept in keep:
             if isinstance(kept, Dispatch):
                 run.written = kept.rows.data_ptr()
-        return end(self, current, tuple(small_ones(kept) for kept in keep) if fault == "end" else keep)
+        return end(self, current, tuple(small_ones(kept) for kept in keep) if fault == "end" else keep, event)
 
     CudaLink.end = watch  # type: ignore[method-assign]
     if fault == "land":
@@ -283,6 +283,31 @@ def test_input_is_kept_until_sizes_are_known() -> None:
 def test_poison_reaches_what_nobody_keeps(name: str, fault: str) -> None:
     """The planted faults: the block is given out again, and the results show it."""
     assert run_ranks(2, run_case, name, False, fault, timeout=TIMEOUT_S) == [((True, False), True)] * 2
+
+
+def read_late(ctx: RankContext, fault: str | None) -> Outcome:
+    """Rows of an exact dispatch lie in memory of the placing stream; this one reads them late, and they are dropped."""
+    with torch.no_grad():
+        run = Run(ctx, exact=True)
+        with watched(run, fault):
+            pending = run.dispatch_async(run.tokens())
+            routed = pending.wait()
+            torch.cuda._sleep(HOLD_CYCLES)
+            rows, address = routed.x[: run.num_valid].clone(), routed.x.data_ptr()
+            del routed, pending
+            run.link.begin()
+            with torch.cuda.stream(run.link.place_stream):
+                blocks = run.poison(run.num_rows, busy=torch.cuda.default_stream())
+            return given_again(address, blocks), run.equals("rows", rows)
+
+
+def test_rows_of_the_placing_stream_are_kept_for_their_reader() -> None:
+    assert run_ranks(2, read_late, None, timeout=TIMEOUT_S) == [(False, True)] * 2
+
+
+def test_poison_reaches_rows_of_the_placing_stream() -> None:
+    """The planted fault: the allocator is not told of the reader."""
+    assert run_ranks(2, read_late, "lend", timeout=TIMEOUT_S) == [(True, False)] * 2
 
 
 def drop_unplaced(ctx: RankContext) -> bool:

@@ -43,6 +43,7 @@ Channel::Channel(const std::vector<std::byte*>& arenas, int rank, int64_t payloa
     check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&counts_), kNumSizeSlots * kMaxExperts * sizeof(int32_t),
                              cudaHostAllocMapped),
                "cudaHostAlloc(counts)");
+    order_.emplace();
     prepare_kernels();
     reset(0);
 }
@@ -76,13 +77,6 @@ int64_t Channel::open_dispatch(OpenParams& params, bool tell_sizes, void* stream
     return params.ticket;
 }
 
-void Channel::drop(uintptr_t topk_idx, int index_bytes, uintptr_t idx_in_expert, uintptr_t keep_choices,
-                   int64_t num_choices, int num_experts, uintptr_t stream) {
-    launch_drop(reinterpret_cast<void*>(topk_idx), index_bytes, reinterpret_cast<const int32_t*>(idx_in_expert),
-                reinterpret_cast<const int32_t*>(keep_choices), num_choices, num_experts,
-                reinterpret_cast<void*>(stream));
-}
-
 void Channel::dispatch(DispatchParams& params, bool bulk, void* stream) {
     params.link = link_;
     if (params.num_senders + params.num_placers > 0) launch_dispatch(params, bulk, stream);
@@ -91,6 +85,10 @@ void Channel::dispatch(DispatchParams& params, bool bulk, void* stream) {
 void Channel::combine(CombineParams& params, bool bulk, void* stream) {
     params.link = link_;
     launch_combine(params, bulk, stream);
+}
+
+void Channel::order(uintptr_t first, uintptr_t then) {
+    if (first != then) order_->order(first, then);
 }
 
 std::optional<Channel::Sizes> Channel::wait_sizes(int64_t ticket, double seconds) const {
@@ -122,6 +120,10 @@ StatusWords Channel::status() const {
     copy.trouble = trouble;
     copy.overflowed = overflowed;
     return copy;
+}
+
+bool Channel::is_quiet(int64_t overflows) const {
+    return read_word(link_.status->trouble) == 0 && read_word(link_.status->overflowed) == overflows;
 }
 
 uint64_t Channel::epoch() const {

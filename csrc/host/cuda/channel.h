@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "host/cuda/event.h"
 #include "layout/exchange.h"
 
 namespace moe_ep {
@@ -19,11 +20,12 @@ public:
     Channel& operator=(const Channel&) = delete;
 
     void open(OpenParams& params, void* stream);
+    // Returns a ticket for wait_sizes, 0 unless `tell_sizes`.
     int64_t open_dispatch(OpenParams& params, bool tell_sizes, void* stream);
-    void drop(uintptr_t topk_idx, int index_bytes, uintptr_t idx_in_expert, uintptr_t keep_choices, int64_t num_choices,
-              int num_experts, uintptr_t stream);
     void dispatch(DispatchParams& params, bool bulk, void* stream);
     void combine(CombineParams& params, bool bulk, void* stream);
+    // Makes a stream wait for all that another one has been given so far.
+    void order(uintptr_t first, uintptr_t then);
     void plant_fault(int fault) { link_.fault = static_cast<Fault>(fault); }
 
     using Sizes = std::tuple<int64_t, int64_t, int64_t>;
@@ -32,9 +34,12 @@ public:
 
     // What went wrong first since the last reset, and capacities that did not hold.
     StatusWords status() const;
+    // Whether nothing went wrong, and no capacity but the first `overflows` times did not hold.
+    bool is_quiet(int64_t overflows) const;
     uint64_t epoch() const;
     void reset(uint64_t epoch);
 
+    int num_ranks() const { return link_.num_ranks; }
     double timeout_s() const { return static_cast<double>(link_.timeout_ns) * 1e-9; }
     void set_timeout_s(double seconds);
 
@@ -44,6 +49,7 @@ private:
 
     Link link_{};
     int device_;
+    std::optional<Event> order_;
     SizeWords* sizes_ = nullptr;
     int32_t* counts_ = nullptr;  // [kNumSizeSlots][kMaxExperts]
     int64_t next_ticket_ = 1;

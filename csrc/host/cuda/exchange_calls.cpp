@@ -1,0 +1,245 @@
+#include "host/cuda/exchange_calls.h"
+
+#include "host/checks.h"
+#include "kernels/exchange.h"
+#include "kernels/plan.h"
+
+namespace moe_ep {
+namespace {
+
+void* stream_of(uintptr_t stream) {
+    return reinterpret_cast<void*>(stream);
+}
+
+void fill_header(int32_t* words, const Header& header) {
+    check_argument(header.size() == kHeaderWords, "header has ", header.size(), " words: must have ", kHeaderWords);
+    for (int word = 0; word < kHeaderWords; ++word) words[word] = header[word];
+}
+
+// Opens an exchange without counts, behind what the current stream has been given.
+void open_plainly(Channel& channel, const Header& header, Streams streams) {
+    OpenParams params{};
+    fill_header(params.header, header);
+    channel.order(streams.current, streams.queue);
+    channel.open(params, stream_of(streams.queue));
+}
+
+std::unique_ptr<Event> recorded(uintptr_t stream) {
+    auto event = std::make_unique<Event>();
+    event->record(stream);
+    return event;
+}
+
+RowParams kept_rows(const Channel& channel, const KeptPlan& plan, int64_t row_bytes, int64_t meta_words) {
+    const PlanParams dims{.num_tokens = plan.num_tokens, .num_ranks = channel.num_ranks()};
+    const SourcePlan source(plan.source, dims, plan.num_experts);
+    const ReceivedPlan received(plan.received, channel.num_ranks(), plan.max_chunks, 0, 0);
+    return {.row_bytes = row_bytes,
+            .meta_words = meta_words,
+            .top_k = plan.top_k,
+            .num_experts = plan.num_experts,
+            .max_chunks = plan.max_chunks,
+            .table = source.table,
+            .groups = received.groups,
+            .positions = received.positions,
+            .token_ranks = source.token_ranks,
+            .idx_in_rank = source.idx_in_rank,
+            .num_tokens = plan.num_tokens};
+}
+
+}  // namespace
+
+DispatchCall::DispatchCall(const CountSettings& settings, int64_t num_tokens, std::byte* topk_idx, std::byte* source,
+                           int32_t* told_choices, int32_t* told_tokens, int32_t* told_ends, uint8_t* told_overflow)
+    : settings_(settings) {
+    const int num_ranks = settings.num_ranks;
+    plan_ = {.topk_idx = topk_idx,
+             .index_bytes = settings.index_bytes,
+             .num_tokens = num_tokens,
+             .top_k = settings.by_mask ? num_ranks : settings.top_k,
+             .num_experts = settings.by_mask ? num_ranks : settings.num_experts,
+             .num_ranks = num_ranks};
+    const SourcePlan own(source, plan_, settings.num_experts);
+    plan_.choices_per_expert = own.choices_per_expert;
+    plan_.tokens_per_rank = own.tokens_per_rank;
+    plan_.is_token_in_rank = own.is_token_in_rank;
+    plan_.idx_in_expert = own.idx_in_expert;
+    plan_.idx_in_rank = own.idx_in_rank;
+    plan_.token_ranks = own.token_ranks;
+    plan_.workspace = own.workspace;
+    open_.choices_per_expert = told_choices == nullptr ? own.choices_per_expert : told_choices;
+    open_.tokens_per_rank = own.tokens_per_rank;
+    open_.num_tokens = num_tokens;
+    open_.num_experts = settings.num_experts;
+    open_.alignment = settings.alignment;
+    open_.layout = settings.layout;
+    open_.table = own.table;
+    open_.told_tokens = told_tokens;
+    open_.told_ends = told_ends;
+    open_.told_overflow = told_overflow;
+    params_.rows.top_k = settings.top_k;
+    params_.rows.num_experts = settings.num_experts;
+    params_.rows.table = own.table;
+    params_.rows.token_ranks = own.token_ranks;
+    params_.rows.idx_in_rank = own.idx_in_rank;
+    params_.rows.num_tokens = num_tokens;
+    params_.with_plan = 1;
+    params_.layout = settings.layout;
+    params_.topk_idx = settings.by_mask ? nullptr : topk_idx;
+    params_.index_bytes = settings.index_bytes;
+    params_.idx_in_expert = own.idx_in_expert;
+}
+
+void DispatchCall::set_capacity(int64_t max_tokens, int64_t rows, int64_t per_expert) {
+    open_.max_tokens = max_tokens;
+    open_.capacity = {rows, per_expert, settings_.drop};
+}
+
+void DispatchCall::set_rows(const RowSettings& settings, const std::byte* x, const int32_t* topk_weights,
+                            const int32_t* scales, int64_t scale_stride, int64_t scale_word_stride) {
+    row_settings_ = settings;
+    params_.rows.row_bytes = settings.row_bytes;
+    params_.rows.meta_words = (2 + settings.weight_words) * settings_.top_k + settings.scale_words;
+    params_.cast = settings.cast;
+    params_.weight_words = settings.weight_words;
+    params_.scale_words = settings.scale_words;
+    params_.x = x;
+    params_.topk_weights = topk_weights;
+    params_.scales = scales;
+    params_.scale_stride = scale_stride;
+    params_.scale_word_stride = scale_word_stride;
+}
+
+void DispatchCall::set_output(std::byte* received, int64_t max_chunks, int64_t num_received, std::byte* out,
+                              int64_t num_rows, int32_t* out_weights, int32_t* out_scales, int64_t* out_topk_idx,
+                              int32_t* out_source) {
+    const ReceivedPlan plan(received, settings_.num_ranks, max_chunks, num_received, settings_.top_k);
+    params_.rows.max_chunks = max_chunks;
+    params_.rows.groups = plan.groups;
+    params_.rows.positions = plan.positions;
+    params_.out = out;
+    params_.num_rows = num_rows;
+    params_.out_weights = out_weights;
+    params_.out_scales = out_scales;
+    params_.out_topk_idx = out_topk_idx;
+    params_.out_source = out_source;
+    params_.zero_padding = settings_.layout == Layout::kExpanded;
+}
+
+void DispatchCall::open(Channel& channel, const Header& header, Streams streams, bool counted) {
+    if (counted) return open_plainly(channel, header, streams);
+    fill_header(open_.header, header);
+    channel.order(streams.current, streams.queue);
+    void* const stream = stream_of(streams.queue);
+    if (settings_.drop) {
+        // What the experts keep follows from all choices; what is sent is then planned anew.
+        OpenParams all = open_;
+        all.received_total = nullptr;
+        launch_plan(plan_, stream);
+        channel.open_dispatch(all, false, stream);
+        const PlanTable table(open_.table, settings_.num_ranks, settings_.num_experts);
+        launch_drop(const_cast<void*>(plan_.topk_idx), plan_.index_bytes, plan_.idx_in_expert, table.keep_choices,
+                    plan_.num_tokens * plan_.top_k, settings_.num_experts, stream);
+    }
+    launch_plan(plan_, stream);
+    ticket_ = channel.open_dispatch(open_, tells_sizes(), stream);
+}
+
+void DispatchCall::launch(Channel& channel, int num_senders, int num_placers, Laps laps, uintptr_t stream) {
+    params_.num_senders = num_senders;
+    params_.num_placers = num_placers;
+    params_.laps = laps;
+    channel.dispatch(params_, row_settings_.bulk, stream_of(stream));
+}
+
+void DispatchCall::count(Channel& channel, const Header& header, Streams streams) {
+    open(channel, header, streams, false);
+}
+
+std::unique_ptr<Event> DispatchCall::send(Channel& channel, const Header& header, Streams streams, bool counted) {
+    open(channel, header, streams, counted);
+    opened_.emplace();
+    opened_->record(streams.queue);
+    launch(channel, row_settings_.num_senders, 0, Laps::kFirst, streams.queue);
+    return recorded(streams.queue);
+}
+
+std::unique_ptr<Event> DispatchCall::place(Channel& channel, Streams streams, uintptr_t place_queue, int64_t num_laps) {
+    check_argument(opened_.has_value(), "place: send comes first");
+    opened_->wait(place_queue);
+    channel.order(streams.current, place_queue);
+    // Later laps are sent and placed by one launch, so that senders never wait for placers that are not there.
+    launch(channel, num_laps > 1 ? row_settings_.num_senders : 0, row_settings_.num_placers, Laps::kLater, place_queue);
+    // Later exchanges come after this one's rows are placed.
+    channel.order(place_queue, streams.queue);
+    return recorded(streams.queue);
+}
+
+std::unique_ptr<Event> DispatchCall::run(Channel& channel, const Header& header, Streams streams, bool counted) {
+    open(channel, header, streams, counted);
+    launch(channel, row_settings_.num_senders, row_settings_.num_placers, Laps::kAll, streams.queue);
+    return recorded(streams.queue);
+}
+
+std::vector<int32_t> DispatchCall::host_counts(const Channel& channel) const {
+    return channel.host_counts(ticket_, settings_.num_experts / settings_.num_ranks);
+}
+
+std::unique_ptr<Event> replay(Channel& channel, const RowSettings& settings, const KeptPlan& plan, const Header& header,
+                              const std::byte* x, const int32_t* scales, int64_t scale_stride,
+                              int64_t scale_word_stride, std::byte* out, int32_t* out_scales, Streams streams) {
+    open_plainly(channel, header, streams);
+    DispatchParams params{};
+    params.rows = kept_rows(channel, plan, settings.row_bytes, settings.scale_words);
+    params.num_senders = settings.num_senders;
+    params.num_placers = settings.num_placers;
+    params.laps = Laps::kAll;
+    params.with_plan = 0;
+    params.layout = plan.layout;
+    params.cast = Cast::kNone;
+    params.x = x;
+    params.index_bytes = 8;
+    params.scale_words = settings.scale_words;
+    params.scales = scales;
+    params.scale_stride = scale_stride;
+    params.scale_word_stride = scale_word_stride;
+    params.out = out;
+    params.num_rows = plan.num_rows;
+    params.out_scales = out_scales;
+    params.zero_padding = plan.zero_padding;
+    channel.dispatch(params, settings.bulk, stream_of(streams.queue));
+    return recorded(streams.queue);
+}
+
+std::unique_ptr<Event> combine(Channel& channel, const CombineSettings& settings, const KeptPlan& plan,
+                               const Header& header, int top_k, const std::byte* y, const int32_t* row_weights,
+                               const int32_t* values, std::byte* out, const std::byte* bias_0, const std::byte* bias_1,
+                               int32_t* out_values, Streams streams) {
+    open_plainly(channel, header, streams);
+    const int64_t element_bytes = settings.element == Element::kDouble                        ? 8
+                                  : settings.element == Element::kFloat || settings.wide_wire ? 4
+                                                                                              : 2;
+    CombineParams params{};
+    params.rows = kept_rows(channel, plan, settings.hidden * element_bytes, top_k * settings.value_words);
+    params.num_senders = settings.num_senders;
+    params.num_reducers = settings.num_reducers;
+    params.layout = plan.layout;
+    params.element = settings.element;
+    params.wide_wire = settings.wide_wire;
+    params.hidden = settings.hidden;
+    params.y = y;
+    params.row_weights = row_weights;
+    params.weight_words = settings.weight_words;
+    params.values = values;
+    params.value_words = settings.value_words;
+    params.only_own_values = settings.only_own_values;
+    params.out = out;
+    params.bias[0] = bias_0;
+    params.bias[1] = bias_1;
+    params.out_values = out_values;
+    params.rows.top_k = top_k;
+    channel.combine(params, settings.bulk, stream_of(streams.queue));
+    return recorded(streams.queue);
+}
+
+}  // namespace moe_ep
