@@ -178,7 +178,7 @@ class CudaExchanger(Exchanger):
             totals=self.choices_received,
             planned=planned,
             num_sms=self.num_sms,
-            beside=self.overlap,
+            beside=self.overlap or self.hooks.any("dispatch_launched"),
         )
 
         def landed() -> Dispatch:

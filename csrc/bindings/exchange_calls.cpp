@@ -154,13 +154,15 @@ of topk_idx; told_tokens and told_ends int32 [e]; told_overflow one byte.)")
         .def(
             "send",
             [](DispatchCall& call, Channel& channel, const Header& header, uintptr_t current, uintptr_t queue,
-               bool counted) { return call.send(channel, header, {current, queue}, counted); },
-            "As count, and sends what fits the rings; returns its end.")
+               bool counted) { call.send(channel, header, {current, queue}, counted); },
+            "As count, and sends what fits the rings.")
         .def(
             "place",
-            [](DispatchCall& call, Channel& channel, uintptr_t current, uintptr_t queue, uintptr_t place_queue,
-               int64_t num_laps) { return call.place(channel, {current, queue}, place_queue, num_laps); },
-            "Sends what is left, and places all; returns its end. The output was set after the sizes had come.")
+            [](DispatchCall& call, Channel& channel, uintptr_t queue, uintptr_t place_queue, int64_t num_laps) {
+                return call.place(channel, queue, place_queue, num_laps);
+            },
+            "Sends what is left, and places all; returns its end. The output was set after the sizes had come, in "
+            "memory that is free for what comes behind the opening.")
         .def(
             "run",
             [](DispatchCall& call, Channel& channel, const Header& header, uintptr_t current, uintptr_t queue,

@@ -247,9 +247,6 @@ __device__ void plan_dispatch(const OpenParams& params, uint64_t epoch, int32_t*
     __syncthreads();
     const bool poisoned = need.rank >= 0 && params.capacity.drop == 0;
     const int32_t num_rows = lay_out_groups(params, own, epoch, table, shared_counts);
-    // What other threads have told the host comes before the ticket.
-    __threadfence_system();
-    __syncthreads();
     if (threadIdx.x >= kWarpSize) return;
     const int lane = static_cast<int>(threadIdx.x);
     int32_t tokens = 0, rows = 0;
@@ -278,9 +275,7 @@ __device__ void plan_dispatch(const OpenParams& params, uint64_t epoch, int32_t*
     sizes->num_rows = params.layout == Layout::kCompact ? received : num_rows;
     sizes->num_received = received;
     sizes->max_tokens = most;
-    // The host reads the sizes once it has seen its ticket.
     __threadfence_system();
-    sizes->ticket = params.ticket;
 }
 
 __global__ void __launch_bounds__(kThreads) open_exchange(const __grid_constant__ OpenParams params) {
@@ -290,11 +285,19 @@ __global__ void __launch_bounds__(kThreads) open_exchange(const __grid_constant_
     const uint64_t epoch = link.state->epoch + 1;
     send_opening(params, epoch);
     const bool good = receive_openings(params, epoch);
-    if (good && params.choices_per_expert != nullptr) plan_dispatch(params, epoch, shared_counts);
+    const bool plans = good && params.choices_per_expert != nullptr;
+    if (plans) plan_dispatch(params, epoch, shared_counts);
+    // What all threads have written, for the host and for kernels that it launches when it knows, comes before the
+    // ticket: each makes its own words seen, the barrier gathers them.
+    if (plans && params.sizes != nullptr) __threadfence_system();
     __syncthreads();
     if (threadIdx.x != 0) return;
     link.state->ticket = 0;
     link.state->epoch = epoch;
+    if (!plans || params.sizes == nullptr) return;
+    __threadfence_system();
+    // The host reads the sizes, and launches what places rows on a stream of its own, once it has seen its ticket.
+    *const_cast<volatile int64_t*>(&params.sizes->ticket) = params.ticket;
 }
 
 }  // namespace

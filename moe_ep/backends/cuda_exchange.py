@@ -258,15 +258,13 @@ class CudaBackend:
             flight = link.end(current, (inputs, counts, result), event)
             return Launch(link, lambda: (result, (flight,)), outputs_of)
         # What is sent before the sizes are known must not wait for peers, which may wait for this host.
-        event = call.send(link.channel, header, current, link.queue, counted)
-        keep = (inputs, counts)
-        flight = link.end(current, keep, event)
+        call.send(link.channel, header, current, link.queue, counted)
 
         def note_sizes(max_tokens: int) -> int:
             self.max_tokens = max(self.max_tokens, max_tokens)
             return self.num_laps(max_tokens, record)
 
-        placing = Placing(link, note_sizes, counts, out, (flight, keep), beside)
+        placing = Placing(link, note_sizes, counts, out, current, (inputs, counts), beside)
         link.defer(placing.place)
         return Launch(link, placing.outputs, outputs_of)
 

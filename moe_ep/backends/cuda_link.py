@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -88,11 +89,11 @@ class CudaLink:
 
     def group_bytes(self, row_bytes: int, meta_words: int) -> int:
         """Bytes of one group of rows in a ring."""
-        return int(self.extension.group_layout(row_bytes=row_bytes, meta_words=meta_words)["num_bytes"])
+        return _group_layout(row_bytes, meta_words)["num_bytes"]
 
     def ring_groups(self, row_bytes: int, meta_words: int) -> int:
         """Groups that each source's ring holds."""
-        told = self.extension.group_layout(row_bytes=row_bytes, meta_words=meta_words)
+        told = _group_layout(row_bytes, meta_words)
         return max(min(self.payload_bytes // told["num_bytes"], told["max_ring_groups"]), 1)
 
     def payload_for(self, max_tokens: int, row_bytes: int, meta_words: int) -> int:
@@ -271,20 +272,21 @@ class CudaLink:
         if place in self._unplaced:
             self._unplaced.remove(place)
 
-    def end(self, current: int, keep: tuple[Any, ...], event: Any = None) -> Flight:  # noqa: ANN401
+    def end(self, current: int, keep: tuple[Any, ...], event: Any = None, foreign: bool = False) -> Flight:  # noqa: ANN401
         """Mark the end of what was launched since :meth:`begin`, and keep its tensors until then.
 
         Args:
             current: the stream that the tensors belong to.
             keep: them.
             event: that end, where it was recorded already.
+            foreign: whether outputs that are not among them were allocated on the placing stream.
         """
         if event is None:
             event = self.extension.Event()
             event.record(self.queue)
         # What was allocated on the communication stream goes back to it, which comes after its own exchanges.
         stream = current if self._caller is None else self._caller
-        flight = Flight(event, stream, keep, torch.cuda.is_current_stream_capturing())
+        flight = Flight(event, stream, keep, torch.cuda.is_current_stream_capturing(), foreign)
         self._flights.append(flight)
         return flight
 
@@ -297,9 +299,9 @@ class CudaLink:
         """
         current = self.here()
         flight.event.wait(current)
-        if current != flight.stream:
+        if current != flight.stream or flight.foreign:
             self.lend(outputs, torch.cuda.current_stream(self.device))
-        elif flight in self._flights:
+        if current == flight.stream and flight in self._flights:
             self._flights.remove(flight)
             flight.keep = ()
 
@@ -400,6 +402,11 @@ class CudaLink:
             "late, dead, or issued other exchanges; call reset() on all ranks that live, or restart",
             ranks=(peer,),
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _group_layout(row_bytes: int, meta_words: int) -> dict[str, int]:
+    return load_extension().group_layout(row_bytes=row_bytes, meta_words=meta_words)
 
 
 def _describe(header: list[int]) -> str:

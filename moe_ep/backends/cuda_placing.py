@@ -22,8 +22,9 @@ class Placing:
         note_sizes: told the largest T of any rank; returns how often the exchange goes round the rings.
         counts: of the tokens.
         out: what is to be allocated.
-        launched: the first half, and what the second reads.
-        beside: whether the caller may have given the current stream more work since, which placing need not wait for.
+        stream: the current one when the first half was launched.
+        keep: what both halves read.
+        beside: whether the current stream may have been given more work since.
     """
 
     def __init__(
@@ -32,14 +33,16 @@ class Placing:
         note_sizes: Callable[[int], int],
         counts: Counts,
         out: Outputs,
-        launched: tuple[Flight, tuple[Any, ...]],
+        stream: int,
+        keep: tuple[Any, ...],
         beside: bool,
     ) -> None:
         self._link = link
         self._note_sizes = note_sizes
         self._counts = counts
         self._out = out
-        self._flight, self._keep = launched
+        self._stream = stream
+        self._keep = keep
         self._beside = beside
         self._result: Dispatch | None = None
         self._flights: tuple[Flight, ...] = ()
@@ -49,28 +52,26 @@ class Placing:
         link, counts = self._link, self._counts
         try:
             sizes = link.wait_sizes(counts.call)
+        except BaseException:
+            # The first half may still read it.
+            link.end(self._stream, self._keep)
+            raise
         finally:
             link.placed(self.place)
-        here = self._allocate(sizes)
-        event = counts.call.place(link.channel, here, link.queue, link.place_queue, self._note_sizes(sizes[2]))
+        keep = self._keep
+        if self._beside:
+            # What the current stream has been given since may use its memory. What lies in that of the placing stream
+            # comes behind that stream's own work, so that nobody has to keep it.
+            with torch.cuda.stream(link.place_stream):
+                self._out.allocate(*sizes)
+        else:
+            # The sizes came behind all that the current stream had been given.
+            self._out.allocate(*sizes)
+            keep = (*keep, self._out)
+        event = counts.call.place(link.channel, link.queue, link.place_queue, self._note_sizes(sizes[2]))
         counts.host_counts = counts.call.host_counts(link.channel)
         self._result = self._out.result()
-        # Inputs go back to the stream that they came from. Outputs that were allocated on the placing stream go back to
-        # that, which comes after its own work, so that nobody has to keep them.
-        inputs = link.end(self._flight.stream, self._keep, event)
-        outputs = () if here == link.place_queue else (self._out, self._result)
-        self._flights = (link.end(here, outputs, event), inputs, self._flight)
-
-    def _allocate(self, sizes: tuple[int, int, int]) -> int:
-        """Allocate outputs; returns the stream that they belong to, which placing comes behind."""
-        link = self._link
-        if not self._beside:
-            self._out.allocate(*sizes)
-            return link.here()
-        # Memory of the current stream may be in use by what that stream has been given since the launch.
-        with torch.cuda.stream(link.place_stream):
-            self._out.allocate(*sizes)
-        return link.place_queue
+        self._flights = (link.end(self._stream, keep, event, self._beside),)
 
     def outputs(self) -> tuple[Dispatch, tuple[Flight, ...]]:
         """The outputs, and what to wait for before they are read."""

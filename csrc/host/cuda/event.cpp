@@ -2,6 +2,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
 #include "host/cuda_check.h"
 
 namespace moe_ep {
@@ -15,9 +19,38 @@ cudaEvent_t event_of(void* event) {
     return static_cast<cudaEvent_t>(event);
 }
 
+// Events that nobody uses, by device. They are never destroyed: a process that ends may have taken the context down.
+struct Pool {
+    std::mutex mutex;
+    std::unordered_map<int, std::vector<cudaEvent_t>> free;
+};
+
+Pool& pool() {
+    static Pool* const pool = new Pool;
+    return *pool;
+}
+
+bool is_capturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
+    // The default stream, beside a capture elsewhere. The next launch's check must not find it.
+    cudaGetLastError();
+    return true;
+}
+
 }  // namespace
 
 Event::Event() {
+    check_cuda(cudaGetDevice(&device_), "cudaGetDevice");
+    {
+        const std::lock_guard<std::mutex> lock(pool().mutex);
+        std::vector<cudaEvent_t>& free = pool().free[device_];
+        if (!free.empty()) {
+            event_ = free.back();
+            free.pop_back();
+            return;
+        }
+    }
     cudaEvent_t event = nullptr;
     check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
     event_ = event;
@@ -25,10 +58,16 @@ Event::Event() {
 
 // Nobody is told of errors here: a process that ends may have taken the context down before.
 Event::~Event() {
-    cudaEventDestroy(event_of(event_));
+    if (captured_) {
+        cudaEventDestroy(event_of(event_));
+        return;
+    }
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    pool().free[device_].push_back(event_of(event_));
 }
 
 void Event::record(uintptr_t stream) {
+    captured_ = captured_ || is_capturing(stream_of(stream));
     check_cuda(cudaEventRecord(event_of(event_), stream_of(stream)), "cudaEventRecord");
 }
 

@@ -4,7 +4,8 @@
 
 namespace moe_ep {
 
-// A place in a stream of the current device, without a time. Streams are addresses.
+// A place in a stream of the current device, without a time. Streams are addresses. Events of the driver are used again:
+// making one takes longer than recording it.
 class Event {
 public:
     Event();
@@ -22,6 +23,9 @@ public:
 
 private:
     void* event_ = nullptr;
+    int device_ = 0;
+    // A capture may still refer to it.
+    bool captured_ = false;
 };
 
 }  // namespace moe_ep

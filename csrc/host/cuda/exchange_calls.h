@@ -75,9 +75,10 @@ public:
     // Counts and opens; the sizes are told without a capacity.
     void count(Channel& channel, const Header& header, Streams streams);
     // Counts, opens and, without waiting for any peer's placers, sends what fits the rings once.
-    std::unique_ptr<Event> send(Channel& channel, const Header& header, Streams streams, bool counted);
-    // Sends what is left and places all; the output was set after the sizes had come.
-    std::unique_ptr<Event> place(Channel& channel, Streams streams, uintptr_t place_queue, int64_t num_laps);
+    void send(Channel& channel, const Header& header, Streams streams, bool counted);
+    // Sends what is left and places all; the output was set after the sizes had come, in memory that is free for what
+    // comes behind the opening.
+    std::unique_ptr<Event> place(Channel& channel, uintptr_t queue, uintptr_t place_queue, int64_t num_laps);
     // A whole dispatch whose output was set before.
     std::unique_ptr<Event> run(Channel& channel, const Header& header, Streams streams, bool counted);
 
@@ -97,7 +98,6 @@ private:
     OpenParams open_{};
     DispatchParams params_{};
     int64_t ticket_ = 0;
-    std::optional<Event> opened_;
 };
 
 // Sends other rows along a plan. Scales travel where the settings say so.
