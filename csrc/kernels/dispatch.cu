@@ -16,8 +16,9 @@ namespace {
 
 using namespace dispatch;
 
+// NOTE: shared memory leaves room for one block of pipes per SM anyway, so that registers need not be saved there.
 template <bool kBulk, class From>
-__global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * kWarpSize)
+__global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * kWarpSize, kBulk ? 1 : 2)
     dispatch_rows(const __grid_constant__ DispatchParams params) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     if constexpr (kBulk) return;
@@ -44,9 +45,8 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
     }
     if constexpr (kBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-        device::BulkPipe* pipe = nullptr;
-        alignas(device::BulkPipe) unsigned char place[sizeof(device::BulkPipe)];
-        if (threadIdx.x % kWarpSize == 0) pipe = new (place) device::BulkPipe(shared.stages, shared.barriers);
+        device::BulkPipe pipe(shared.stages, shared.barriers);
+        if (threadIdx.x % kWarpSize == 0) pipe.init();
         __syncwarp();
         if (sends) {
             send_rows_bulk(params, shared, pipe, worker);
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
             fill_padding(params, worker, out_row_bytes);
         }
         if (params.num_placers == 0) return;
-        place_rows<true, From>(params, shared, pipe);
+        place_rows<true, From>(params, shared, &pipe);
         // Stores read shared memory, which must outlive them.
         ptx::wait_bulk_stores<0>();
 #endif
