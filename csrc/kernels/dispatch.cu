@@ -4,6 +4,7 @@
 #include "host/checks.h"
 #include "host/cuda_check.h"
 #include "kernels/dispatch_place.cuh"
+#include "kernels/dispatch_place_bulk.cuh"
 #include "kernels/dispatch_send.cuh"
 #include "kernels/exchange.h"
 #include "layout/plan.h"
@@ -16,7 +17,7 @@ namespace {
 
 using namespace dispatch;
 
-// NOTE: shared memory leaves room for one block of pipes per SM anyway, so that registers need not be saved there.
+// Shared memory leaves room for one block of pipes per SM anyway, so that registers need not be saved there.
 template <bool kBulk, class From>
 __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * kWarpSize, kBulk ? 1 : 2)
     dispatch_rows(const __grid_constant__ DispatchParams params) {
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
             fill_padding(params, worker, out_row_bytes);
         }
         if (params.num_placers == 0) return;
-        place_rows<true, From>(params, shared, &pipe);
+        place_rows_bulk(params, shared, pipe);
         // Stores read shared memory, which must outlive them.
         ptx::wait_bulk_stores<0>();
 #endif
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
         } else {
             fill_padding(params, worker, out_row_bytes);
         }
-        if (params.num_placers > 0) place_rows<false, From, int>(params, shared, nullptr);
+        if (params.num_placers > 0) place_rows<From>(params, shared);
     }
 }
 
