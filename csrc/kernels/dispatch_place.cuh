@@ -87,13 +87,20 @@ __device__ inline void place_scales(const DispatchParams& params, const Incoming
     if (params.scale_words == 0 || params.out_scales == nullptr) return;
     const int lane = threadIdx.x % kWarpSize;
     const MetaLayout meta(params);
-    for (uint32_t left = incoming.mask; left != 0; left &= left - 1) {
-        const int idx = __ffs(left) - 1;
-        const Targets targets{params, positions + idx * params.rows.top_k, incoming.row(idx)};
-        for (int word = lane; word < params.scale_words; word += kWarpSize) {
-            const int32_t value = incoming.own ? load_scale(params, incoming.token(idx), word)
-                                               : ptx::load_arena(incoming.group.meta.row(idx) + meta.scale(word));
-            targets.for_each([&](int64_t row) { params.out_scales[row * params.scale_words + word] = value; });
+    for (int word = lane; word < params.scale_words; word += kWarpSize) {
+        // Those of all tokens are on their way at once.
+        int32_t values[kChunkTokens];
+#pragma unroll
+        for (int idx = 0; idx < kChunkTokens; ++idx) {
+            if (!incoming.has(idx)) continue;
+            values[idx] = incoming.own ? load_scale(params, incoming.token(idx), word)
+                                       : ptx::load_arena(incoming.group.meta.row(idx) + meta.scale(word));
+        }
+#pragma unroll
+        for (int idx = 0; idx < kChunkTokens; ++idx) {
+            if (!incoming.has(idx)) continue;
+            const Targets targets{params, positions + idx * params.rows.top_k, incoming.row(idx)};
+            targets.for_each([&](int64_t row) { params.out_scales[row * params.scale_words + word] = values[idx]; });
         }
     }
 }
@@ -158,7 +165,8 @@ __device__ inline void place_rows(const DispatchParams& params, const WarpShared
         note_group(params, incoming);
         place_choices(params, incoming, pairs, shared.positions);
         __syncwarp();
-        place_scales(params, incoming, shared.positions);
+        // Rows that were cast for the wire are placed without their scales.
+        if constexpr (std::is_same_v<From, NoCast>) place_scales(params, incoming, shared.positions);
         for (uint32_t left = incoming.mask; left != 0; left &= left - 1) {
             const int idx = __ffs(left) - 1;
             place_row<From>(params, incoming, idx,
