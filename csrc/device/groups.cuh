@@ -136,6 +136,17 @@ __device__ inline bool wait_for_room(const Link& link, uint64_t epoch, int64_t s
     return __all_sync(kAllLanes, good) != 0;
 }
 
+// Lane r looks once whether rank r has; otherwise as above.
+__device__ inline bool has_room(const Link& link, uint64_t epoch, int64_t slot, int64_t lap) {
+    if (has_fault(link, Fault::kSkippedRoom) || lap == 0) return true;
+    const int lane = threadIdx.x % kWarpSize;
+    bool good = true;
+    if (lane < link.num_ranks && lane != link.rank) {
+        good = ptx::load_acquire_sys(consumed_flag(link, lane, link.rank, slot)) >= group_stamp(epoch, lap - 1);
+    }
+    return __all_sync(kAllLanes, good) != 0;
+}
+
 // Lane 0 waits for a group of `source`; the whole warp may read it afterwards. Returns whether it came.
 __device__ inline bool wait_for_group(const Link& link, uint64_t epoch, int source, int64_t slot, int64_t lap) {
     int good = 1;

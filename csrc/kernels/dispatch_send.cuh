@@ -152,10 +152,12 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
     bool good = true;
     for (int64_t chunk = first; chunk < sent_chunks.end && good; chunk += worker.stride) {
         const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
-        // NOTE: a peer may wait for the flags that are still pending before it makes room.
-        if (lap > 0 && lane == 0) pending.flush(link, epoch, ring_groups);
-        good = device::wait_for_room(link, epoch, slot, lap);
-        if (!good) break;
+        if (!device::has_room(link, epoch, slot, lap)) {
+            // NOTE: a peer may wait for the flags that are still pending before it makes room.
+            if (lane == 0) pending.flush(link, epoch, ring_groups);
+            good = device::wait_for_room(link, epoch, slot, lap);
+            if (!good) break;
+        }
         if (lane == 0 && device::has_fault(link, Fault::kEarlyFlag)) {
             device::flag_groups(link, epoch, slot, lap);
             device::delay_fault();
