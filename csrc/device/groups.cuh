@@ -22,18 +22,21 @@ class Tickets {
 public:
     __device__ explicit Tickets(const Link& link) : counter_(&link.state->ticket) { ask(); }
 
+    // The piece that was asked for last. Called by a whole warp.
+    __device__ int64_t get() const { return __shfl_sync(kAllLanes, next_, 0); }
+
+    __device__ void ask() {
+        if (threadIdx.x % kWarpSize == 0) next_ = atomicAdd(counter_, 1u);
+    }
+
     // Called by a whole warp.
     __device__ int64_t take() {
-        const uint32_t ticket = __shfl_sync(kAllLanes, next_, 0);
+        const int64_t ticket = get();
         ask();
         return ticket;
     }
 
 private:
-    __device__ void ask() {
-        if (threadIdx.x % kWarpSize == 0) next_ = atomicAdd(counter_, 1u);
-    }
-
     uint32_t* counter_;
     uint32_t next_ = 0;
 };
@@ -133,6 +136,17 @@ __device__ inline bool wait_for_room(const Link& link, uint64_t epoch, int64_t s
     return __all_sync(kAllLanes, good) != 0;
 }
 
+// Lane r looks once whether rank r has; otherwise as above.
+__device__ inline bool has_room(const Link& link, uint64_t epoch, int64_t slot, int64_t lap) {
+    if (has_fault(link, Fault::kSkippedRoom) || lap == 0) return true;
+    const int lane = threadIdx.x % kWarpSize;
+    bool good = true;
+    if (lane < link.num_ranks && lane != link.rank) {
+        good = ptx::load_acquire_sys(consumed_flag(link, lane, link.rank, slot)) >= group_stamp(epoch, lap - 1);
+    }
+    return __all_sync(kAllLanes, good) != 0;
+}
+
 // Lane 0 waits for a group of `source`; the whole warp may read it afterwards. Returns whether it came.
 __device__ inline bool wait_for_group(const Link& link, uint64_t epoch, int source, int64_t slot, int64_t lap) {
     int good = 1;
@@ -142,6 +156,17 @@ __device__ inline bool wait_for_group(const Link& link, uint64_t epoch, int sour
     }
     if (has_fault(link, Fault::kSkippedRoom)) delay_fault();
     return __shfl_sync(kAllLanes, good, 0) != 0;
+}
+
+// Lane 0 looks once whether a group of `source` has come; if so, the whole warp may read it afterwards.
+__device__ inline bool has_group(const Link& link, uint64_t epoch, int source, int64_t slot, int64_t lap) {
+    int came = 0;
+    if (threadIdx.x % kWarpSize == 0) {
+        came = ptx::load_acquire_sys(arrived_flag(link, link.rank, source, slot)) >= group_stamp(epoch, lap);
+    }
+    came = __shfl_sync(kAllLanes, came, 0);
+    if (came != 0 && has_fault(link, Fault::kSkippedRoom)) delay_fault();
+    return came != 0;
 }
 
 // Tells `source` that its group has been read, where a later lap of the ring needs its place. Called by one thread

@@ -33,10 +33,13 @@ struct Pieces {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// Belongs to one warp and is used by one of its threads alone.
+// Belongs to one warp and is used by one of its threads alone. Made by all of them, so that its state is in registers.
 class BulkPipe {
 public:
-    __device__ BulkPipe(std::byte* stages, uint64_t* barriers) : stages_(stages), barriers_(barriers) {
+    __device__ BulkPipe(std::byte* stages, uint64_t* barriers) : stages_(stages), barriers_(barriers) {}
+
+    // Called by the one thread before all else.
+    __device__ void init() {
         for (int stage = 0; stage < kPipeStages; ++stage) ptx::barrier_init(barriers_ + stage, 1);
         ptx::fence_barrier_init();
     }

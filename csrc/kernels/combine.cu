@@ -73,14 +73,15 @@ __device__ bool send_sums(const CombineParams& params, Batch<T>& batch, Summer& 
         const int64_t chunk = item / num_peers, slot = chunk % ring_groups, lap = chunk / ring_groups;
         if (chunk >= num_chunks(table.source_tokens[peer])) continue;
         if (lap > 0) {
-            // NOTE: a peer may wait for the flag that is still pending before it makes room.
-            flush();
-            int good = 1;
-            if (lane == 0) {
-                good = device::wait_for(link, device::consumed_flag(link, peer, link.rank, slot),
-                                        device::group_stamp(epoch, lap - 1), peer, Phase::kRoom);
+            const uint64_t* flag = device::consumed_flag(link, peer, link.rank, slot);
+            const uint64_t stamp = device::group_stamp(epoch, lap - 1);
+            int good = lane != 0 || ptx::load_acquire_sys(flag) >= stamp;
+            if (__shfl_sync(kAllLanes, good, 0) == 0) {
+                // NOTE: a peer may wait for the flag that is still pending before it makes room.
+                flush();
+                good = lane != 0 || device::wait_for(link, flag, stamp, peer, Phase::kRoom);
+                if (__shfl_sync(kAllLanes, good, 0) == 0) return false;
             }
-            if (__shfl_sync(kAllLanes, good, 0) == 0) return false;
         }
         // A place that a peer has freed is written by the copy engine.
         Summer::fence_arena();

@@ -4,6 +4,7 @@
 #include "host/checks.h"
 #include "host/cuda_check.h"
 #include "kernels/dispatch_place.cuh"
+#include "kernels/dispatch_place_bulk.cuh"
 #include "kernels/dispatch_send.cuh"
 #include "kernels/exchange.h"
 #include "layout/plan.h"
@@ -16,8 +17,9 @@ namespace {
 
 using namespace dispatch;
 
+// Shared memory leaves room for one block of pipes per SM anyway, so that registers need not be saved there.
 template <bool kBulk, class From>
-__global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * kWarpSize)
+__global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * kWarpSize, kBulk ? 1 : 2)
     dispatch_rows(const __grid_constant__ DispatchParams params) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     if constexpr (kBulk) return;
@@ -44,9 +46,8 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
     }
     if constexpr (kBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-        device::BulkPipe* pipe = nullptr;
-        alignas(device::BulkPipe) unsigned char place[sizeof(device::BulkPipe)];
-        if (threadIdx.x % kWarpSize == 0) pipe = new (place) device::BulkPipe(shared.stages, shared.barriers);
+        device::BulkPipe pipe(shared.stages, shared.barriers);
+        if (threadIdx.x % kWarpSize == 0) pipe.init();
         __syncwarp();
         if (sends) {
             send_rows_bulk(params, shared, pipe, worker);
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
             fill_padding(params, worker, out_row_bytes);
         }
         if (params.num_placers == 0) return;
-        place_rows<true, From>(params, shared, pipe);
+        place_rows_bulk(params, shared, pipe);
         // Stores read shared memory, which must outlive them.
         ptx::wait_bulk_stores<0>();
 #endif
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
         } else {
             fill_padding(params, worker, out_row_bytes);
         }
-        if (params.num_placers > 0) place_rows<false, From, int>(params, shared, nullptr);
+        if (params.num_placers > 0) place_rows<From>(params, shared);
     }
 }
 

@@ -132,7 +132,7 @@ struct PendingFlags {
 };
 
 // Sends the rows of this warp's chunks through its pipe; loads run ahead of chunks.
-__device__ inline void send_rows_bulk(const DispatchParams& params, const WarpShared& shared, device::BulkPipe* pipe,
+__device__ inline void send_rows_bulk(const DispatchParams& params, const WarpShared& shared, device::BulkPipe& pipe,
                                       Worker worker) {
     const Link& link = params.link;
     const RecordDims dims{params.rows.row_bytes, params.rows.meta_words};
@@ -152,10 +152,12 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
     bool good = true;
     for (int64_t chunk = first; chunk < sent_chunks.end && good; chunk += worker.stride) {
         const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
-        // NOTE: a peer may wait for the flags that are still pending before it makes room.
-        if (lap > 0 && lane == 0) pending.flush(link, epoch, ring_groups);
-        good = device::wait_for_room(link, epoch, slot, lap);
-        if (!good) break;
+        if (!device::has_room(link, epoch, slot, lap)) {
+            // NOTE: a peer may wait for the flags that are still pending before it makes room.
+            if (lane == 0) pending.flush(link, epoch, ring_groups);
+            good = device::wait_for_room(link, epoch, slot, lap);
+            if (!good) break;
+        }
         if (lane == 0 && device::has_fault(link, Fault::kEarlyFlag)) {
             device::flag_groups(link, epoch, slot, lap);
             device::delay_fault();
@@ -178,18 +180,18 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
             // for.
             ptx::fence_proxy_async_global();
             while (!store.is_done() && store.chunk() == chunk) {
-                while (!load.is_done() && !pipe->is_full()) {
-                    pipe->load(params.x + load.token() * pieces.row_bytes + pieces.offset(load.piece()),
-                               pieces.bytes(load.piece()));
+                while (!load.is_done() && !pipe.is_full()) {
+                    pipe.load(params.x + load.token() * pieces.row_bytes + pieces.offset(load.piece()),
+                              pieces.bytes(load.piece()));
                     load.advance();
                 }
-                const std::byte* stage = pipe->front();
+                const std::byte* stage = pipe.front();
                 const int64_t offset = store.idx_in_chunk() * pieces.row_bytes + pieces.offset(store.piece());
                 const bool skipped = device::has_fault(link, Fault::kSkippedRow) && store.idx_in_chunk() == 0;
                 for (uint32_t left = skipped ? 0 : store.ranks(); left != 0; left &= left - 1) {
                     ptx::bulk_store(shared.targets[__ffs(left) - 1] + offset, stage, pieces.bytes(store.piece()));
                 }
-                pipe->pop();
+                pipe.pop();
                 pending.count_piece(link, epoch, ring_groups);
                 store.advance();
             }
@@ -201,9 +203,9 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
     if (lane != 0) return;
     if (good) pending.flush(link, epoch, ring_groups);
     // Nothing may be under way in shared memory when the block ends.
-    while (!pipe->is_empty()) {
-        pipe->front();
-        pipe->pop();
+    while (!pipe.is_empty()) {
+        pipe.front();
+        pipe.pop();
     }
     ptx::wait_bulk_stores<0>();
 }
