@@ -32,6 +32,8 @@ _SENDERS_OF_24 = {"compact": 8, "expanded": 8, "slab": 8, "combine": 16, "combin
 _DEFAULT_SMS = {"compact": 24, "expanded": 32, "slab": 32, "combine": 32, "combine compact": 24}
 _HOPPER = (9, 0)
 _MOST_SETTINGS = 256
+# Of kernels that wait for peers, so that others', NCCL's say, always find room beside them.
+_MOST_SMS = 96
 
 
 class CudaBackend:
@@ -130,7 +132,7 @@ class CudaBackend:
     def _split(self, what: str, num_sms: int | None) -> tuple[int, int]:
         """Blocks of the two roles of a kernel, by the layout that a dispatch places, or what a combine reads."""
         # Blocks wait for each other, so all of them have to be resident.
-        num_sms = min(num_sms or _DEFAULT_SMS[what], self.link.num_sms)
+        num_sms = min(num_sms or _DEFAULT_SMS[what], self.link.num_sms, _MOST_SMS)
         senders = max(num_sms * _SENDERS_OF_24[what] // 24, 1)
         others = max(num_sms - senders, 1)
         return (0, senders + others) if self.control.size == 1 else (senders, others)

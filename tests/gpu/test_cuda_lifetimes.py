@@ -238,11 +238,11 @@ def watched(run: Run, fault: str | None) -> Iterator[None]:
     """Note where dispatches write; with a fault, let go what must be kept."""
     end, land, lend = CudaLink.end, CudaLink.land, CudaLink.lend
 
-    def watch(self: CudaLink, current: int, keep: tuple[Any, ...], event: Any = None) -> Flight:
+    def watch(self: CudaLink, current: int, keep: tuple[Any, ...], *marked: Any) -> Flight:
         for kept in keep:
             if isinstance(kept, Dispatch):
                 run.written = kept.rows.data_ptr()
-        return end(self, current, tuple(small_ones(kept) for kept in keep) if fault == "end" else keep, event)
+        return end(self, current, tuple(small_ones(kept) for kept in keep) if fault == "end" else keep, *marked)
 
     CudaLink.end = watch  # type: ignore[method-assign]
     if fault == "land":

@@ -1,9 +1,6 @@
 #include "host/cuda/exchange_calls.h"
 
-#include <cuda_runtime_api.h>
-
 #include "host/checks.h"
-#include "host/cuda_check.h"
 #include "kernels/exchange.h"
 #include "kernels/plan.h"
 
@@ -25,18 +22,6 @@ void open_plainly(Channel& channel, const Header& header, Streams streams) {
     fill_header(params.header, header);
     channel.order(streams.current, streams.queue);
     channel.open(params, stream_of(streams.queue));
-}
-
-// Whether a stream has done all that it has been given.
-bool is_done(uintptr_t stream) {
-    const cudaError_t status = cudaStreamQuery(reinterpret_cast<cudaStream_t>(stream));
-    if (status == cudaErrorNotReady) {
-        // No error, but the next launch's check would find it.
-        cudaGetLastError();
-        return false;
-    }
-    check_cuda(status, "cudaStreamQuery");
-    return true;
 }
 
 std::unique_ptr<Event> recorded(uintptr_t stream) {
@@ -176,16 +161,14 @@ void DispatchCall::send(Channel& channel, const Header& header, Streams streams,
     launch(channel, row_settings_.num_senders, 0, Laps::kFirst, streams.queue);
 }
 
-std::unique_ptr<Event> DispatchCall::place(Channel& channel, uintptr_t queue, uintptr_t place_queue,
-                                           int64_t num_laps) {
+std::unique_ptr<Event> DispatchCall::place(Channel& channel, uintptr_t queue, uintptr_t place_queue, int64_t num_laps) {
     const int senders = row_settings_.num_senders, placers = row_settings_.num_placers;
-    // NOTE: no stream has to wait for the opening: this host has seen what it wrote last.
+    // NOTE: no stream has to wait for the opening: this host has seen what it wrote last. Later laps are sent and
+    // placed by one launch, so that senders never wait for placers that are not there.
     if (num_laps > 1) {
-        // Later laps are sent and placed by one launch, so that senders never wait for placers that are not there.
         launch(channel, senders, placers, Laps::kLater, place_queue);
     } else {
-        // The SMs of senders that are done are free.
-        launch(channel, 0, placers + (is_done(queue) ? senders : 0), Laps::kLater, place_queue);
+        launch(channel, 0, senders + placers, Laps::kLater, place_queue);
     }
     // Later exchanges come after this one's rows are placed.
     channel.order(place_queue, queue);
