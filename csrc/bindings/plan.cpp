@@ -47,6 +47,8 @@ void plan_cuda(PlanParams params, uintptr_t workspace, int64_t workspace_bytes, 
     check_argument(workspace_bytes >= needed, "workspace_bytes=", workspace_bytes, ": must be at least ", needed,
                    ", see workspace_bytes of the params");
     params.workspace = checked_pointer<std::byte>("workspace", workspace, needed, alignof(int32_t));
+    // Once is enough for a process with one GPU, and costs little elsewhere.
+    prepare_plan();
     launch_plan(params, reinterpret_cast<void*>(stream));
 #else
     static_cast<void>(params), static_cast<void>(workspace), static_cast<void>(workspace_bytes),

@@ -3,6 +3,7 @@
 #include "device/link.cuh"
 #include "host/cuda_check.h"
 #include "kernels/exchange.h"
+#include "kernels/plan.h"
 
 // One block opens an exchange: every rank stores its header and counts into every peer, waits for theirs, compares, and
 // derives from the count matrix what all ranks must agree on. Peers that have come here have finished the exchange
@@ -322,6 +323,7 @@ void prepare_kernels() {
     check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
     // Earlier GPUs have neither the copy engine's instructions nor that much shared memory.
     const bool bulk = major >= 9;
+    prepare_plan();
     prepare_open();
     prepare_dispatch(bulk);
     prepare_combine(bulk);

@@ -1,3 +1,6 @@
+#include <cooperative_groups.h>
+
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -6,27 +9,35 @@
 #include "host/cuda_check.h"
 #include "kernels/plan.h"
 
-// Three kernels: every chunk of tokens is counted by a warp of its own; the counts are summed over the chunks before
-// each; then the same warps walk their tokens again, in order, and number them from there. Sums are of integers and
-// places follow from token order alone, so that every run gives the same bits.
+// Every warp counts a chunk of tokens; the counts are summed over the warps before it, of its block in shared memory
+// and of earlier blocks behind a barrier of the grid; then the same warps walk their tokens again, in order, and number
+// them from there. Sums are of integers and places follow from token order alone, so that every run gives the same
+// bits.
 namespace moe_ep {
 namespace {
 
 constexpr int kWarpSize = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
-constexpr int kScanColumns = 32;
-constexpr int kScanSections = 16;
 
-static_assert(PlanChunks::kGroupTokens == kWarpSize, "a lane holds one token of a group");
+static_assert(PlanShared::kGroupTokens == kWarpSize, "a lane holds one token of a group");
 
 struct TokenRange {
     int64_t begin, end;
 };
 
+__device__ int lane_idx() {
+    return static_cast<int>(threadIdx.x) % kWarpSize;
+}
+
 __device__ TokenRange chunk_range(const PlanParams& params) {
-    const int64_t chunk_tokens = PlanChunks(params.num_tokens).chunk_tokens;
-    const int64_t begin = blockIdx.x * chunk_tokens;
+    const int64_t chunk_tokens = PlanGrid(params).chunk_tokens;
+    const int64_t chunk = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
+    const int64_t begin = min(chunk * chunk_tokens, params.num_tokens);
     return {begin, min(begin + chunk_tokens, params.num_tokens)};
+}
+
+__device__ PlanShared shared_of(const PlanParams& params, void* memory, int warp) {
+    return {static_cast<std::byte*>(memory) + warp * PlanShared(nullptr, params).num_bytes, params};
 }
 
 // Returns the expert of one (token, choice), -1 for none and for ids outside 0 .. E - 1.
@@ -40,7 +51,7 @@ __device__ int load_expert(const PlanParams& params, int64_t choice) {
 // `visit(choice, expert, in_range)` is called by all lanes together; expert is -1 for none.
 template <class Index, class Visit>
 __device__ void walk_choices(const PlanParams& params, const PlanShared& shared, TokenRange group, Visit&& visit) {
-    const int lane = threadIdx.x;
+    const int lane = lane_idx();
     const int experts_per_rank = params.num_experts / params.num_ranks;
     shared.token_ranks[lane] = 0;
     __syncwarp();
@@ -74,16 +85,16 @@ __device__ void walk_choices(const PlanParams& params, const PlanShared& shared,
 
 // Transposes the group's rank bits: afterwards bit t of rank_tokens[r] says whether token t goes to rank r.
 __device__ void transpose_ranks(const PlanParams& params, const PlanShared& shared) {
-    const uint64_t ranks = shared.token_ranks[threadIdx.x];
+    const uint64_t ranks = shared.token_ranks[lane_idx()];
     for (int rank = 0; rank < params.num_ranks; ++rank) {
         const uint32_t tokens = __ballot_sync(kAllLanes, (ranks >> rank & 1) != 0);
-        if (threadIdx.x == 0) shared.rank_tokens[rank] = tokens;
+        if (lane_idx() == 0) shared.rank_tokens[rank] = tokens;
     }
     __syncwarp();
 }
 
 __device__ void advance_rank_counts(const PlanParams& params, const PlanShared& shared) {
-    for (int rank = threadIdx.x; rank < params.num_ranks; rank += kWarpSize) {
+    for (int rank = lane_idx(); rank < params.num_ranks; rank += kWarpSize) {
         shared.counts[params.num_experts + rank] += __popc(shared.rank_tokens[rank]);
     }
     __syncwarp();
@@ -106,7 +117,7 @@ __device__ void place_choices(const PlanParams& params, const PlanShared& shared
 // coalesced.
 __device__ void place_tokens(const PlanParams& params, const PlanShared& shared, TokenRange group) {
     const int num_pairs = static_cast<int>(group.end - group.begin) * params.num_ranks;
-    for (int pair = threadIdx.x; pair < num_pairs; pair += kWarpSize) {
+    for (int pair = lane_idx(); pair < num_pairs; pair += kWarpSize) {
         const int token = pair / params.num_ranks, rank = pair % params.num_ranks;
         const uint32_t tokens = shared.rank_tokens[rank];
         const bool in_rank = tokens >> token & 1;
@@ -119,13 +130,10 @@ __device__ void place_tokens(const PlanParams& params, const PlanShared& shared,
 }
 
 template <class Index>
-__global__ void __launch_bounds__(kWarpSize) count_chunk(const __grid_constant__ PlanParams params) {
-    extern __shared__ uint4 memory[];
-    const PlanShared shared(memory, params);
+__device__ void count_chunk(const PlanParams& params, const PlanShared& shared, TokenRange chunk) {
     const int num_columns = params.num_experts + params.num_ranks;
-    for (int column = threadIdx.x; column < num_columns; column += kWarpSize) shared.counts[column] = 0;
+    for (int column = lane_idx(); column < num_columns; column += kWarpSize) shared.counts[column] = 0;
     __syncwarp();
-    const TokenRange chunk = chunk_range(params);
     for (int64_t token = chunk.begin; token < chunk.end; token += kWarpSize) {
         walk_choices<Index>(params, shared, {token, min(token + kWarpSize, chunk.end)}, [&](int64_t, int expert, bool) {
             if (expert >= 0) atomicAdd(&shared.counts[expert], 1);
@@ -133,61 +141,54 @@ __global__ void __launch_bounds__(kWarpSize) count_chunk(const __grid_constant__
         transpose_ranks(params, shared);
         advance_rank_counts(params, shared);
     }
-    int32_t* counts = PlanWorkspace(params.workspace, params).counts.row(blockIdx.x);
-    for (int column = threadIdx.x; column < num_columns; column += kWarpSize) counts[column] = shared.counts[column];
 }
 
-// Replaces the counts of each chunk by the sum over the chunks before it, and writes the totals. A block takes 32
-// columns, and cuts the chunks into sections that are summed beside each other.
-__global__ void __launch_bounds__(kScanColumns* kScanSections) scan_chunks(const __grid_constant__ PlanParams params) {
-    __shared__ int32_t section_sums[kScanSections][kScanColumns];
+// Replaces the counts of each warp of this block by the sum over the warps before it, of earlier blocks too; the last
+// block writes the totals. Called by whole blocks.
+__device__ void add_up_counts(const PlanParams& params, void* memory) {
     const PlanWorkspace workspace(params.workspace, params);
-    const int column = blockIdx.x * kScanColumns + threadIdx.x;
-    const bool in_range = column < params.num_experts + params.num_ranks;
-    const int64_t section_chunks = (workspace.counts.num_rows + kScanSections - 1) / kScanSections;
-    const int64_t begin = min(threadIdx.y * section_chunks, workspace.counts.num_rows);
-    const int64_t end = min(begin + section_chunks, workspace.counts.num_rows);
-    int32_t sum = 0;
-    if (in_range) {
-#pragma unroll 8
-        for (int64_t chunk = begin; chunk < end; ++chunk) sum += workspace.counts.row(chunk)[column];
-    }
-    section_sums[threadIdx.y][threadIdx.x] = sum;
+    const int num_columns = params.num_experts + params.num_ranks, num_warps = blockDim.x / kWarpSize;
+    const int block = static_cast<int>(blockIdx.x), num_blocks = static_cast<int>(gridDim.x);
+    int32_t* own = workspace.sums.row(block);
     __syncthreads();
-    if (!in_range) return;
-    int32_t before = 0;
-    for (int section = 0; section < threadIdx.y; ++section) before += section_sums[section][threadIdx.x];
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-        int32_t& count = workspace.counts.row(chunk)[column];
-        const int32_t own = count;
-        count = before;
-        before += own;
+    for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
+        int32_t sum = 0;
+        for (int warp = 0; warp < num_warps; ++warp) {
+            int32_t& count = shared_of(params, memory, warp).counts[column];
+            const int32_t before = sum;
+            sum += count;
+            count = before;
+        }
+        own[column] = sum;
     }
-    if (threadIdx.y != kScanSections - 1) return;
-    if (column < params.num_experts) {
-        params.choices_per_expert[column] = before;
-    } else {
-        params.tokens_per_rank[column - params.num_experts] = before;
+    // A grid of one block is not launched cooperatively.
+    if (num_blocks > 1) cooperative_groups::this_grid().sync();
+    for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
+        int32_t before = 0;
+#pragma unroll 8
+        for (int other = 0; other < block; ++other) before += __ldcg(workspace.sums.row(other) + column);
+        for (int warp = 0; warp < num_warps; ++warp) shared_of(params, memory, warp).counts[column] += before;
+        if (block != num_blocks - 1) continue;
+        const int32_t total = before + own[column];
+        if (column < params.num_experts) {
+            params.choices_per_expert[column] = total;
+        } else {
+            params.tokens_per_rank[column - params.num_experts] = total;
+        }
     }
+    __syncthreads();
 }
 
 template <class Index>
-__global__ void __launch_bounds__(kWarpSize) place_chunk(const __grid_constant__ PlanParams params) {
-    extern __shared__ uint4 memory[];
-    const PlanShared shared(memory, params);
-    const int32_t* counts = PlanWorkspace(params.workspace, params).counts.row(blockIdx.x);
-    const int num_columns = params.num_experts + params.num_ranks;
-    for (int column = threadIdx.x; column < num_columns; column += kWarpSize) shared.counts[column] = counts[column];
-    __syncwarp();
-    const TokenRange chunk = chunk_range(params);
+__device__ void place_chunk(const PlanParams& params, const PlanShared& shared, TokenRange chunk) {
     for (int64_t token = chunk.begin; token < chunk.end; token += kWarpSize) {
         const TokenRange group{token, min(token + kWarpSize, chunk.end)};
         walk_choices<Index>(params, shared, group, [&](int64_t choice, int expert, bool in_range) {
             place_choices(params, shared, choice, expert, in_range);
         });
         transpose_ranks(params, shared);
-        if (params.token_ranks != nullptr && group.begin + threadIdx.x < group.end) {
-            params.token_ranks[group.begin + threadIdx.x] = static_cast<uint32_t>(shared.token_ranks[threadIdx.x]);
+        if (params.token_ranks != nullptr && group.begin + lane_idx() < group.end) {
+            params.token_ranks[group.begin + lane_idx()] = static_cast<uint32_t>(shared.token_ranks[lane_idx()]);
         }
         place_tokens(params, shared, group);
         advance_rank_counts(params, shared);
@@ -195,25 +196,52 @@ __global__ void __launch_bounds__(kWarpSize) place_chunk(const __grid_constant__
 }
 
 template <class Index>
-void launch_kernels(const PlanParams& params, cudaStream_t stream) {
-    const auto num_chunks = static_cast<unsigned>(PlanChunks(params.num_tokens).num_chunks);
-    const auto shared_bytes = static_cast<size_t>(PlanShared(nullptr, params).num_bytes);
-    const int num_columns = params.num_experts + params.num_ranks;
-    const unsigned scan_blocks = (num_columns + kScanColumns - 1) / kScanColumns;
-    if (num_chunks > 0) count_chunk<Index><<<num_chunks, kWarpSize, shared_bytes, stream>>>(params);
-    check_cuda(cudaGetLastError(), "count_chunk");
-    scan_chunks<<<scan_blocks, dim3(kScanColumns, kScanSections), 0, stream>>>(params);
-    check_cuda(cudaGetLastError(), "scan_chunks");
-    if (num_chunks > 0) place_chunk<Index><<<num_chunks, kWarpSize, shared_bytes, stream>>>(params);
-    check_cuda(cudaGetLastError(), "place_chunk");
+__global__ void __launch_bounds__(PlanGrid::kMaxWarps* kWarpSize)
+    plan_tokens(const __grid_constant__ PlanParams params) {
+    extern __shared__ uint4 memory[];
+    const PlanShared shared = shared_of(params, memory, static_cast<int>(threadIdx.x) / kWarpSize);
+    const TokenRange chunk = chunk_range(params);
+    count_chunk<Index>(params, shared, chunk);
+    add_up_counts(params, memory);
+    place_chunk<Index>(params, shared, chunk);
+}
+
+template <class Index>
+void launch_kernel(PlanParams params, cudaStream_t stream) {
+    const PlanGrid grid(params);
+    const auto threads = static_cast<unsigned>(grid.num_warps * kWarpSize);
+    const auto shared_bytes = static_cast<size_t>(grid.num_warps * PlanShared(nullptr, params).num_bytes);
+    if (grid.num_blocks == 1) {
+        plan_tokens<Index><<<1, threads, shared_bytes, stream>>>(params);
+        check_cuda(cudaGetLastError(), "plan_tokens");
+        return;
+    }
+    void* arguments[] = {&params};
+    check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(plan_tokens<Index>),
+                                           dim3(static_cast<unsigned>(grid.num_blocks)), dim3(threads), arguments,
+                                           shared_bytes, stream),
+               "plan_tokens");
+}
+
+// Allows a kernel the shared memory of the largest sizes, and loads it.
+template <class Index>
+void prepare_kernel() {
+    check_cuda(cudaFuncSetAttribute(plan_tokens<Index>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(PlanGrid::kMaxSharedBytes)),
+               "cudaFuncSetAttribute(plan_tokens)");
 }
 
 }  // namespace
 
+void prepare_plan() {
+    prepare_kernel<int32_t>();
+    prepare_kernel<int64_t>();
+}
+
 void launch_plan(const PlanParams& params, void* stream) {
     dispatch_value<4, 8>("index_bytes", params.index_bytes, [&](auto index_bytes) {
-        launch_kernels<std::conditional_t<index_bytes == 4, int32_t, int64_t>>(params,
-                                                                               static_cast<cudaStream_t>(stream));
+        launch_kernel<std::conditional_t<index_bytes == 4, int32_t, int64_t>>(params,
+                                                                              static_cast<cudaStream_t>(stream));
     });
 }
 

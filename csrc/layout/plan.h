@@ -34,50 +34,62 @@ struct PlanParams {
     void* workspace = nullptr;  // PlanWorkspace of the kernels; the twin needs none
 };
 
-// Tokens are cut into chunks of consecutive ones, a warp each. More chunks fill the GPU, fewer keep the scan over them
-// short.
-struct PlanChunks {
-    int64_t chunk_tokens;
-    int64_t num_chunks;
-
-    static constexpr int64_t kGroupTokens = 32;  // a warp takes this many tokens at a time
-    static constexpr int64_t kMaxChunks = 512;
-
-    MOE_EP_HOST_DEVICE explicit PlanChunks(int64_t num_tokens) {
-        const int64_t num_groups = (num_tokens + kGroupTokens - 1) / kGroupTokens;
-        chunk_tokens = (num_groups + kMaxChunks - 1) / kMaxChunks * kGroupTokens;
-        num_chunks = chunk_tokens == 0 ? 0 : (num_tokens + chunk_tokens - 1) / chunk_tokens;
-    }
-};
-
-// Device memory between the kernels: each chunk's counts, which the scan turns into the numbers that precede the chunk.
-struct PlanWorkspace {
-    Buffer<int32_t> counts;  // [num_chunks][E + R]
-    int64_t num_bytes;
-
-    MOE_EP_HOST_DEVICE PlanWorkspace(void* base, const PlanParams& params) : PlanWorkspace(Cursor(base), params) {}
-
-private:
-    MOE_EP_HOST_DEVICE PlanWorkspace(Cursor cursor, const PlanParams& params)
-        : counts(cursor, PlanChunks(params.num_tokens).num_chunks, params.num_experts + params.num_ranks),
-          num_bytes(cursor.num_bytes()) {}
-};
-
-// Shared memory of one warp: running counts in the order of the workspace's columns, and the ranks that 32 tokens go
-// to.
+// Shared memory of one warp: running counts of experts and ranks, and the ranks that 32 tokens go to.
 struct PlanShared {
     int32_t* counts;        // [E + R]
     uint64_t* token_ranks;  // [32] bit r of word t: token t of the group goes to rank r
     uint32_t* rank_tokens;  // [R] the same bits transposed
     int64_t num_bytes;
 
+    static constexpr int kGroupTokens = 32;  // a warp takes this many tokens at a time
+
     MOE_EP_HOST_DEVICE PlanShared(void* base, const PlanParams& params) {
         Cursor cursor(base);
         counts = cursor.take<int32_t>(params.num_experts + params.num_ranks);
-        token_ranks = cursor.take<uint64_t>(PlanChunks::kGroupTokens);
+        token_ranks = cursor.take<uint64_t>(kGroupTokens);
         rank_tokens = cursor.take<uint32_t>(params.num_ranks);
         num_bytes = cursor.num_bytes();
     }
+};
+
+// Tokens are cut into chunks of consecutive ones, a warp each. More blocks fill the GPU; every block adds up the counts
+// of those before it, which bounds their number where there are many experts.
+struct PlanGrid {
+    int num_warps;  // per block
+    int num_blocks;
+    int64_t chunk_tokens;
+
+    static constexpr int kMaxWarps = 8;
+    static constexpr int64_t kMinBlocks = 8, kMaxBlocks = 64;
+    static constexpr int64_t kMaxSums = 1 << 15;
+    static constexpr int64_t kMaxSharedBytes = 96 << 10;  // of a block, on all GPUs
+
+    MOE_EP_HOST_DEVICE explicit PlanGrid(const PlanParams& params) {
+        const int64_t warp_bytes = PlanShared(nullptr, params).num_bytes;
+        num_warps = kMaxWarps;
+        while (num_warps > 1 && num_warps * warp_bytes > kMaxSharedBytes) num_warps /= 2;
+        int64_t max_blocks = kMaxSums / (params.num_experts + params.num_ranks);
+        max_blocks = max_blocks < kMinBlocks ? kMinBlocks : max_blocks > kMaxBlocks ? kMaxBlocks : max_blocks;
+        const int64_t groups = (params.num_tokens + PlanShared::kGroupTokens - 1) / PlanShared::kGroupTokens;
+        const int64_t max_chunks = max_blocks * num_warps;
+        const int64_t chunk_groups = groups <= max_chunks ? 1 : (groups + max_chunks - 1) / max_chunks;
+        chunk_tokens = chunk_groups * PlanShared::kGroupTokens;
+        const int64_t chunks = (groups + chunk_groups - 1) / chunk_groups;
+        num_blocks = chunks <= num_warps ? 1 : static_cast<int>((chunks + num_warps - 1) / num_warps);
+    }
+};
+
+// Device memory of the kernel: what each block counts.
+struct PlanWorkspace {
+    Buffer<int32_t> sums;  // [num_blocks][E + R]
+    int64_t num_bytes;
+
+    MOE_EP_HOST_DEVICE PlanWorkspace(void* base, const PlanParams& params) : PlanWorkspace(Cursor(base), params) {}
+
+private:
+    MOE_EP_HOST_DEVICE PlanWorkspace(Cursor cursor, const PlanParams& params)
+        : sums(cursor, PlanGrid(params).num_blocks, params.num_experts + params.num_ranks),
+          num_bytes(cursor.num_bytes()) {}
 };
 
 }  // namespace moe_ep
