@@ -257,13 +257,13 @@ class TokenDispatcher(nn.Module):
         if planned is not None or isinstance(x, tuple):
             return self.dispatch_async(x, topk_idx, topk_weights, planned).wait()
         x = self._cast(x)
-        if not _on_one_device(x, topk_idx, topk_weights):
-            # An operator would refuse these on this rank alone; this raises, and tells the peers.
-            self._live().dispatch(x, topk_idx, topk_weights, None)
         if are_transparent(x, topk_idx, topk_weights):
             exchanger = self._live()
             result = run_dispatch(exchanger, x, topk_idx, topk_weights)
             return dispatched_plainly(exchanger, result)
+        if not _on_one_device(x, topk_idx, topk_weights):
+            # An operator would refuse these on this rank alone; this raises, and tells the peers.
+            self._live().dispatch(x, topk_idx, topk_weights, None)
         # NOTE: plain attribute reads: they are what torch.compile guards on.
         rows, weights, counts, tensors = torch.ops.moe_ep.dispatch(
             x, topk_idx, topk_weights, self._anchor, self._ready_id()

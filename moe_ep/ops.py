@@ -56,13 +56,16 @@ def are_transparent(*tensors: Tensor | None) -> bool:
 
     Small exchanges then do without operators, whose layers and lists of tensors cost about what planning does.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.autograd._profiler_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing():
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    return all(tensor is None or type(tensor) is Tensor for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110 - a generator costs as much as all that stands before
+        if tensor is not None and type(tensor) is not Tensor:
+            return False
+    return True
 
 
 def run_dispatch(exchanger: Exchanger, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatch:

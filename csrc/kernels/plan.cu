@@ -25,19 +25,26 @@ struct TokenRange {
     int64_t begin, end;
 };
 
+// Divisions are the host's: they take the GPU longer than the counting.
+struct PlanLaunch {
+    PlanParams params;
+    int64_t chunk_tokens;
+    int64_t warp_bytes;
+    int32_t* sums;  // [num_blocks][E + R]
+};
+
 __device__ int lane_idx() {
     return static_cast<int>(threadIdx.x) % kWarpSize;
 }
 
-__device__ TokenRange chunk_range(const PlanParams& params) {
-    const int64_t chunk_tokens = PlanGrid(params).chunk_tokens;
+__device__ TokenRange chunk_range(const PlanLaunch& launch) {
     const int64_t chunk = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
-    const int64_t begin = min(chunk * chunk_tokens, params.num_tokens);
-    return {begin, min(begin + chunk_tokens, params.num_tokens)};
+    const int64_t begin = min(chunk * launch.chunk_tokens, launch.params.num_tokens);
+    return {begin, min(begin + launch.chunk_tokens, launch.params.num_tokens)};
 }
 
-__device__ PlanShared shared_of(const PlanParams& params, void* memory, int warp) {
-    return {static_cast<std::byte*>(memory) + warp * PlanShared(nullptr, params).num_bytes, params};
+__device__ PlanShared shared_of(const PlanLaunch& launch, void* memory, int warp) {
+    return {static_cast<std::byte*>(memory) + warp * launch.warp_bytes, launch.params};
 }
 
 // Returns the expert of one (token, choice), -1 for none and for ids outside 0 .. E - 1.
@@ -145,16 +152,16 @@ __device__ void count_chunk(const PlanParams& params, const PlanShared& shared, 
 
 // Replaces the counts of each warp of this block by the sum over the warps before it, of earlier blocks too; the last
 // block writes the totals. Called by whole blocks.
-__device__ void add_up_counts(const PlanParams& params, void* memory) {
-    const PlanWorkspace workspace(params.workspace, params);
+__device__ void add_up_counts(const PlanLaunch& launch, void* memory) {
+    const PlanParams& params = launch.params;
     const int num_columns = params.num_experts + params.num_ranks, num_warps = blockDim.x / kWarpSize;
     const int block = static_cast<int>(blockIdx.x), num_blocks = static_cast<int>(gridDim.x);
-    int32_t* own = workspace.sums.row(block);
+    int32_t* own = launch.sums + block * num_columns;
     __syncthreads();
     for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
         int32_t sum = 0;
         for (int warp = 0; warp < num_warps; ++warp) {
-            int32_t& count = shared_of(params, memory, warp).counts[column];
+            int32_t& count = shared_of(launch, memory, warp).counts[column];
             const int32_t before = sum;
             sum += count;
             count = before;
@@ -166,8 +173,8 @@ __device__ void add_up_counts(const PlanParams& params, void* memory) {
     for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
         int32_t before = 0;
 #pragma unroll 8
-        for (int other = 0; other < block; ++other) before += __ldcg(workspace.sums.row(other) + column);
-        for (int warp = 0; warp < num_warps; ++warp) shared_of(params, memory, warp).counts[column] += before;
+        for (int other = 0; other < block; ++other) before += __ldcg(launch.sums + other * num_columns + column);
+        for (int warp = 0; warp < num_warps; ++warp) shared_of(launch, memory, warp).counts[column] += before;
         if (block != num_blocks - 1) continue;
         const int32_t total = before + own[column];
         if (column < params.num_experts) {
@@ -197,26 +204,28 @@ __device__ void place_chunk(const PlanParams& params, const PlanShared& shared, 
 
 template <class Index>
 __global__ void __launch_bounds__(PlanGrid::kMaxWarps* kWarpSize)
-    plan_tokens(const __grid_constant__ PlanParams params) {
+    plan_tokens(const __grid_constant__ PlanLaunch launch) {
     extern __shared__ uint4 memory[];
-    const PlanShared shared = shared_of(params, memory, static_cast<int>(threadIdx.x) / kWarpSize);
-    const TokenRange chunk = chunk_range(params);
-    count_chunk<Index>(params, shared, chunk);
-    add_up_counts(params, memory);
-    place_chunk<Index>(params, shared, chunk);
+    const PlanShared shared = shared_of(launch, memory, static_cast<int>(threadIdx.x) / kWarpSize);
+    const TokenRange chunk = chunk_range(launch);
+    count_chunk<Index>(launch.params, shared, chunk);
+    add_up_counts(launch, memory);
+    place_chunk<Index>(launch.params, shared, chunk);
 }
 
 template <class Index>
-void launch_kernel(PlanParams params, cudaStream_t stream) {
+void launch_kernel(const PlanParams& params, cudaStream_t stream) {
     const PlanGrid grid(params);
+    PlanLaunch launch{params, grid.chunk_tokens, PlanShared(nullptr, params).num_bytes,
+                      PlanWorkspace(params.workspace, params).sums.ptr};
     const auto threads = static_cast<unsigned>(grid.num_warps * kWarpSize);
-    const auto shared_bytes = static_cast<size_t>(grid.num_warps * PlanShared(nullptr, params).num_bytes);
+    const auto shared_bytes = static_cast<size_t>(grid.num_warps * launch.warp_bytes);
     if (grid.num_blocks == 1) {
-        plan_tokens<Index><<<1, threads, shared_bytes, stream>>>(params);
+        plan_tokens<Index><<<1, threads, shared_bytes, stream>>>(launch);
         check_cuda(cudaGetLastError(), "plan_tokens");
         return;
     }
-    void* arguments[] = {&params};
+    void* arguments[] = {&launch};
     check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(plan_tokens<Index>),
                                            dim3(static_cast<unsigned>(grid.num_blocks)), dim3(threads), arguments,
                                            shared_bytes, stream),

@@ -83,9 +83,9 @@ class Packed:
     cast_from: torch.dtype | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False, slots=True)
 class Dispatch:
-    """Result of a dispatch. Shapes and the meaning of -1 as in ``moe_ep.Dispatched``.
+    """Result of a dispatch; nobody changes it. Shapes and the meaning of -1 as in ``moe_ep.Dispatched``.
 
     Attributes:
         rows: [rows, H]; slabs are flat here, [e * R * max_tokens, H].

@@ -28,6 +28,8 @@ DEFAULT_REPEATS = 20
 CURVE_TOKENS = 4096
 SM_COUNTS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 LAPS = (1, 2, 4)
+# Beside a GEMM; None takes the defaults.
+OVERLAP_SMS = (8, 16, None)
 GEMM = 8192
 INTERMEDIATE = 2048
 CHUNKS = (1, 2, 4)
@@ -37,6 +39,7 @@ QUICK_CURVE_TOKENS = 1024
 QUICK_REPEATS = 5
 QUICK_SM_COUNTS = (8, 16)
 QUICK_LAPS = (1, 2)
+QUICK_OVERLAP_SMS = (8,)
 QUICK_LAYER_EXPERTS = 32
 QUICK_CHUNKS = (1, 2)
 _MOST_RANKS = 16
@@ -108,6 +111,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         curve_tokens=QUICK_CURVE_TOKENS if quick else CURVE_TOKENS,
         sm_counts=QUICK_SM_COUNTS if quick else SM_COUNTS,
         laps=QUICK_LAPS if quick else LAPS,
+        overlap_sms=QUICK_OVERLAP_SMS if quick else OVERLAP_SMS,
         gemm=GEMM,
         layer=Shape(hidden=shape.hidden, top_k=min(shape.top_k, experts), experts=experts),
         intermediate=INTERMEDIATE,

@@ -31,6 +31,7 @@ class Settings:
         curve_tokens: T of everything else.
         sm_counts: of the SM curve.
         laps: into how many rounds of the rings the arena forces an exchange.
+        overlap_sms: of exchanges beside a GEMM; None takes the defaults.
         gemm: M = N = K of the GEMM beside an exchange.
         layer: H, K and E of the MoE layer.
         intermediate: I of its experts and of its shared expert.
@@ -45,6 +46,7 @@ class Settings:
     curve_tokens: int
     sm_counts: tuple[int, ...]
     laps: tuple[int, ...]
+    overlap_sms: tuple[int | None, ...]
     gemm: int
     layer: Shape
     intermediate: int

@@ -1,19 +1,23 @@
 """An exchange beside a large GEMM: which share of its time disappears."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from moe_ep.cli.bench.gpu.context import Context, poisoned
-from moe_ep.cli.bench.gpu.exchange import BF16, LAYOUTS, expert_outputs, has_sums, is_right
+from moe_ep.cli.bench.gpu.exchange import BF16, LAYOUTS, expert_outputs, has_sums, is_right, time_captured
 from moe_ep.cli.bench.gpu.inputs import Inputs
-from moe_ep.cli.bench.gpu.timer import Timing
+from moe_ep.cli.bench.gpu.timer import Captured, Timing
 from moe_ep.dispatcher import TokenDispatcher
 
 
 def measure_overlap(context: Context) -> None:
-    """Dispatch and combine launched first, then a GEMM; with and without SMs that the GEMM leaves free. Collective."""
+    """Dispatch and combine launched first, then a GEMM; with and without SMs that the GEMM leaves free. Collective.
+
+    Fewer SMs take longer for an exchange, and leave the GEMM more: which is better beside it is what the rows tell.
+    """
     size, watch = context.settings.gemm, context.watch
     inputs = context.inputs(context.settings.curve_tokens, "uniform")
     a, b = (torch.randn(size, size, dtype=BF16, device=context.rank.device) for _ in range(2))
@@ -23,15 +27,16 @@ def measure_overlap(context: Context) -> None:
         torch.mm(a, b, out=c)
 
     alone = watch.time(gemm)
-    for layout in LAYOUTS:
-        for with_capacity in (False, True):
-            for budget in (None, context.num_sms("dispatch", layout)):
-                dispatcher = context.dispatcher(inputs, layout, with_capacity=with_capacity, sm_budget=budget)
-                mode = "capacity" if with_capacity else "exact"
-                common: dict[str, Any] = {"layout": layout, "mode": mode, "sm_budget": budget}
-                _measure(context, inputs, dispatch_async(dispatcher, inputs), gemm, alone, common)
-                if not with_capacity:
-                    _measure(context, inputs, combine_async(dispatcher, inputs, layout), gemm, alone, common)
+    for layout, asked, with_capacity, with_budget in itertools.product(
+        LAYOUTS, context.settings.overlap_sms, (False, True), (False, True)
+    ):
+        budget = context.num_sms("dispatch", layout, asked) if with_budget else None
+        dispatcher = context.dispatcher(inputs, layout, with_capacity=with_capacity, num_sms=asked, sm_budget=budget)
+        mode = "capacity" if with_capacity else "exact"
+        common: dict[str, Any] = {"layout": layout, "mode": mode, "sm_budget": budget}
+        for pending in (dispatch_async(dispatcher, inputs), combine_async(dispatcher, inputs, layout)):
+            num_sms = context.num_sms(pending.op, layout, asked)
+            _measure(context, inputs, pending, gemm, alone, {**common, "num_sms": num_sms})
 
 
 def hidden_share(together_us: float, other_us: float, exchange_us: float) -> float:
@@ -84,15 +89,20 @@ def _measure(
         gemm()
         return launched.wait()
 
-    what = f"{pending.op} of {common['layout']} rows beside a GEMM"
+    def exchange_alone() -> Any:
+        return pending.launch().wait()
+
+    what = f"{pending.op} of {common['layout']} rows beside a GEMM on {common['num_sms']} SMs"
     watch.require(pending.check(poisoned(both)), what)
-    exchange = watch.time(lambda: pending.launch().wait())
-    together = watch.time(both)
+    if common["mode"] == "capacity":
+        exchange = watch.time(Captured(exchange_alone))
+        together = time_captured(context, Captured(both), pending.check, what)
+    else:
+        exchange, together = watch.time(exchange_alone), watch.time(both)
     context.add(
         inputs,
         op=f"{pending.op}_beside_gemm",
         timing=together,
-        num_sms=context.num_sms(pending.op, common["layout"]),
         exchange_us=exchange.max_us,
         compute_us=alone.max_us,
         hidden_share=hidden_share(together.max_us, alone.max_us, exchange.max_us),
