@@ -1,6 +1,7 @@
 """A MoE layer forward and backward: which share of its four exchanges disappears behind its GEMMs."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from moe_ep.cli.bench.cases import Case
 from moe_ep.cli.bench.gpu.context import Context, make_row
 from moe_ep.cli.bench.gpu.exchange import BF16
 from moe_ep.cli.bench.gpu.overlap import hidden_share
+from moe_ep.cli.bench.gpu.timer import Captured
 from moe_ep.cli.bench.gpu.traffic import count_traffic
+from moe_ep.config import Capacity
 from moe_ep.layers import MoELayer
 
 # Ways differ in the order of sums of bf16 values alone.
@@ -19,22 +22,47 @@ _MOST_DIFFERENCE = 0.02
 
 
 def measure_layer(context: Context) -> None:
-    """The layer in one and more chunks. Collective; a single rank has nothing to hide."""
+    """The layer in one and more chunks, and with a capacity as one graph. Collective.
+
+    A single rank has nothing to hide.
+    """
     if context.rank.size == 1:
         return
-    trial = LayerTrial(context)
+    settings = context.settings
+    num_rows = _measure(context, settings.chunks, None)
+    torch.cuda.empty_cache()
+    _measure(context, settings.chunks[:1], num_rows)
+
+
+def _measure(context: Context, chunks: Sequence[int], num_rows: int | None) -> int:
+    """One way to size exchanges; returns the rows that the fullest rank received.
+
+    Args:
+        context: of the run.
+        chunks: numbers of chunks.
+        num_rows: capacity, whose steps are captured; None for exact sizes.
+    """
+    trial = LayerTrial(context, num_rows)
     watch, settings = context.watch, context.settings
-    compute = watch.time(trial.compute_alone)
-    exchanges = [watch.time(call) for call in trial.exchanges()]
+    prepare: Callable[[Callable[[], Any]], Callable[[], Any]] = Captured if num_rows else lambda call: call
+    trial.compute_alone()
+    compute = watch.time(prepare(trial.compute_alone))
+    exchanges = []
+    for call in trial.exchanges():
+        call()
+        exchanges.append(watch.time(prepare(call)))
     exchange_us = sum(timing.max_us for timing in exchanges)
-    wanted = trial.step(settings.chunks[0])
+    wanted = trial.step(chunks[0])
     watch.require(_difference(wanted[0], trial.forward_in_steps()) <= _MOST_DIFFERENCE, "the MoE layer")
-    for num_chunks in settings.chunks:
-        got = trial.step(num_chunks)
+    for num_chunks in chunks:
+        trial.step(num_chunks)
+        step = prepare(functools.partial(trial.step, num_chunks))
+        got = step()
+        got = step.result if isinstance(step, Captured) else got
         near = all(_difference(a, b) <= _MOST_DIFFERENCE for a, b in zip(got, wanted, strict=True))
         watch.require(near, f"the MoE layer in {num_chunks} chunks")
         del got
-        timing = watch.time(functools.partial(trial.step, num_chunks))
+        timing = watch.time(step)
         shape = settings.layer
         case = Case(
             ranks=context.rank.size, tokens=settings.curve_tokens, shape=shape, dtype="bfloat16", routing="router"
@@ -44,7 +72,7 @@ def measure_layer(context: Context) -> None:
             trial.traffic,
             op="moe_layer",
             layout="expanded",
-            mode="exact",
+            mode="capacity" if num_rows else "exact",
             timing=timing,
             num_sms=max(context.num_sms(op, "expanded") for op in ("dispatch", "combine")),
             num_chunks=num_chunks,
@@ -54,12 +82,18 @@ def measure_layer(context: Context) -> None:
             with_rates=False,
         )
         context.rows.append(row)
+    return max(trial.traffic.expanded)
 
 
 class LayerTrial:
-    """One layer with its input, its exchanges, and its computation without them. Collective."""
+    """One layer with its input, its exchanges, and its computation without them. Collective.
 
-    def __init__(self, context: Context) -> None:
+    Args:
+        context: of the run.
+        num_rows: capacity of a rank, None for exact sizes.
+    """
+
+    def __init__(self, context: Context, num_rows: int | None) -> None:
         settings, rank = context.settings, context.rank
         shape = settings.layer
         # Weights drawn on the GPU: the layer's own are drawn on the CPU, the same on every machine, which takes long.
@@ -71,6 +105,8 @@ class LayerTrial:
             top_k=shape.top_k,
             shared_intermediate_size=settings.intermediate,
             late_wgrad=True,
+            capacity=Capacity(rows=num_rows) if num_rows else None,
+            max_tokens_per_rank=settings.curve_tokens if num_rows else None,
             backend="cuda",
             device="meta",
             dtype=BF16,
