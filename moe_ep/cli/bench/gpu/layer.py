@@ -56,9 +56,10 @@ def _measure(context: Context, chunks: Sequence[int], num_rows: int | None) -> i
     watch.require(_difference(wanted[0], trial.forward_in_steps()) <= _MOST_DIFFERENCE, "the MoE layer")
     for num_chunks in chunks:
         trial.step(num_chunks)
-        step = prepare(functools.partial(trial.step, num_chunks))
+        step: Callable[[], Any] = prepare(functools.partial(trial.step, num_chunks))
         got = step()
-        got = step.result if isinstance(step, Captured) else got
+        if isinstance(step, Captured):
+            got = step.result
         near = all(_difference(a, b) <= _MOST_DIFFERENCE for a, b in zip(got, wanted, strict=True))
         watch.require(near, f"the MoE layer in {num_chunks} chunks")
         del got
