@@ -78,8 +78,28 @@ def draw_spec(draw: random.Random, size: int, most: int) -> ExchangeSpec:
     )
 
 
-def stress(ctx: RankContext, seed: int, num_exchanges: int, granted_bytes: int, beside_nccl: bool, fault: int) -> int:
-    """Rounds of dispatch, combine and replay over changing shapes, each after a delay that differs between ranks."""
+def stress(
+    ctx: RankContext,
+    seed: int,
+    num_exchanges: int,
+    granted_bytes: int,
+    beside_nccl: bool,
+    fault: int,
+    beside_gemm: bool = True,
+    bulk: bool = True,
+) -> int:
+    """Rounds of dispatch, combine and replay over changing shapes, each after a delay that differs between ranks.
+
+    Args:
+        ctx: of the rank.
+        seed: of everything that is drawn.
+        num_exchanges: to make at least.
+        granted_bytes: rings of one rank; 0 for as much as is needed.
+        beside_nccl: whether all-reduces run beside some exchanges.
+        fault: planted in the kernels, 0 for none.
+        beside_gemm: whether GEMMs do.
+        bulk: whether some exchanges copy by the copy engine.
+    """
     torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
     # A group of its own; NCCL cannot share a GPU between ranks.
     other = dist.new_group(backend="nccl") if beside_nccl else None
@@ -94,7 +114,7 @@ def stress(ctx: RankContext, seed: int, num_exchanges: int, granted_bytes: int, 
         while done < num_exchanges:
             spec = draw_spec(draw, size, most)
             tokens = [draw.choice((0, 1, 5, 33, most)) for _ in range(size)]
-            me.backend.bulk = draw.random() < 0.7 and torch.cuda.get_device_capability() >= (9, 0)
+            me.backend.bulk = draw.random() < 0.7 and bulk and torch.cuda.get_device_capability() >= (9, 0)
             kind, routing_seed = draw.choice(_KINDS), draw.randrange(1 << 30)
             ids, xs = [], []
             for source, count in enumerate(tokens):
@@ -124,7 +144,8 @@ def stress(ctx: RankContext, seed: int, num_exchanges: int, granted_bytes: int, 
                     with torch.cuda.stream(side):
                         if other is not None:
                             dist.all_reduce(reduced, dist.ReduceOp.MAX, group=other)
-                        left @ left
+                        if beside_gemm:
+                            left @ left
                 result = me.dispatch(now, topk_idx, weights, spec, 0 if spec.capacity is None else most)
                 _check(me, real_rows(result.rows, result, spec), rows_now, "rows", about)
                 _check(me, me.combine(result.rows, result.plan), sums_now, "sums", about)
@@ -157,11 +178,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--granted-bytes", type=int, default=0, help="rings of one rank; small ones need several laps")
-    parser.add_argument("--alone", action="store_true", help="without NCCL beside, which checkers take long for")
+    parser.add_argument("--alone", action="store_true", help="without NCCL and GEMMs beside, for memory checkers")
+    parser.add_argument("--vector", action="store_true", help="by vector loads and stores alone, which checkers see")
     options = parser.parse_args()
     beside_nccl = not options.alone and 1 < options.ranks <= torch.cuda.device_count()
     start = time.monotonic()
-    arguments = (options.seed, options.exchanges, options.granted_bytes, beside_nccl, 0)
+    ways = (not options.alone, not options.vector)
+    arguments = (options.seed, options.exchanges, options.granted_bytes, beside_nccl, 0, *ways)
     done = run_ranks(options.ranks, stress, *arguments, timeout=600.0)
     told = {**vars(options), "done": done[0], "beside_nccl": beside_nccl, "mismatches": 0}
     sys.stdout.write(json.dumps({**told, "seconds": round(time.monotonic() - start, 1)}) + "\n")
