@@ -15,4 +15,5 @@ PYBIND11_MODULE(_C, module) {
     moe_ep::register_plan(module);
     moe_ep::register_runtime(module);
     moe_ep::register_push(module);
+    moe_ep::register_weigh(module);
 }

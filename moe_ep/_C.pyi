@@ -101,6 +101,17 @@ def low_latency_layout(
 
 # Missing in a build without CUDA.
 def push(*, sources: list[int], targets: list[int], num_bytes: list[int], num_sms: int, stream: int) -> None: ...
+def weigh(
+    grads: int,
+    rows: int,
+    weights: int,
+    out_rows: int,
+    out_weights: int,
+    num_rows: int,
+    hidden: int,
+    element: int,
+    stream: int,
+) -> None: ...
 
 CHUNK_TOKENS: int
 HEADER_WORDS: int

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from moe_ep.backends.types import Dispatch
+from moe_ep.backends.weighing import weigh
 from moe_ep.config import ExchangeSpec
 from moe_ep.exchange import Exchanger, lookup
 from moe_ep.handle import Plan, num_tokens_of
@@ -43,6 +44,7 @@ for _schema in (
     "combine(Tensor y, Tensor? row_weights, Tensor[] plan, Tensor anchor, int dispatcher_id) -> Tensor",
     "dispatch_replay(Tensor x, Tensor[] plan, SymInt num_rows, int dispatcher_id) -> Tensor",
     "combine_grads(Tensor grads, Tensor weight_grads, Tensor[] plan, int dispatcher_id) -> (Tensor, Tensor)",
+    "weigh_grads(Tensor grads, Tensor y, Tensor row_weights) -> (Tensor, Tensor)",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _OPS = torch.ops.moe_ep
@@ -131,6 +133,12 @@ def _combine_grads(
     return dx, dweights
 
 
+@torch.library.impl(_LIBRARY, "weigh_grads", "CompositeExplicitAutograd")
+def _weigh_grads(grads: Tensor, y: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y and of its weights, from those of the weighted rows; no exchange."""
+    return weigh(grads, y, row_weights)
+
+
 # What a tracer sees
 
 
@@ -182,14 +190,18 @@ def _combine_grads_fake(
     return grads.new_empty(num_tokens, grads.shape[-1]), weight_grads.new_empty(num_tokens, top_k)
 
 
+@torch.library.register_fake("moe_ep::weigh_grads", lib=_LIBRARY)
+def _weigh_grads_fake(grads: Tensor, y: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), torch.empty_like(row_weights)
+
+
 # Gradients
 
 
 def weighted_grads(rows: Tensor, y: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and of its weights, from the gradient ``rows`` of the weighted rows (all in layout shape)."""
-    dy = (rows * row_weights.unsqueeze(-1)).to(y.dtype)
-    dweights = torch.linalg.vecdot(y.to(row_weights.dtype), rows.to(row_weights.dtype))
-    return dy, dweights
+    dy, dweights = _OPS.weigh_grads(rows, y, row_weights)
+    return once(dy, rows, y, row_weights), once(dweights, rows, y, row_weights)
 
 
 class _Once(torch.autograd.Function):
@@ -303,6 +315,11 @@ def _combine_autograd(
 @torch.library.impl(_LIBRARY, "dispatch_replay", "Autograd")
 def _dispatch_replay_autograd(*args: Any) -> Tensor:  # noqa: ANN401
     return _below_autograd(_OPS.dispatch_replay.default, *args)
+
+
+@torch.library.impl(_LIBRARY, "weigh_grads", "Autograd")
+def _weigh_grads_autograd(*args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    return _below_autograd(_OPS.weigh_grads.default, *args)
 
 
 @torch.library.impl(_LIBRARY, "combine_grads", "Autograd")

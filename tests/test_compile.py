@@ -212,3 +212,14 @@ def test_operators_pass_opcheck(mode: str, name: str, monkeypatch: pytest.Monkey
     # A plan holds the number of its exchange, the one thing in which two calls differ.
     monkeypatch.setattr(ControlPlane, "seq", property(lambda self: 7, lambda self, value: None), raising=False)
     opcheck(getattr(torch.ops.moe_ep, name).default, operator_inputs(mode, name))
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)])
+def test_gradients_of_weighted_rows_pass_opcheck(shape: tuple[int, ...]) -> None:
+    grads, rows = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    weights = torch.rand(shape[:-1], dtype=torch.float64)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(torch.ops.moe_ep.weigh_grads.default, (grads, rows, weights), test_utils=tests)
+    got = torch.ops.moe_ep.weigh_grads(grads, rows, weights)
+    assert torch.equal(got[0], grads * weights.unsqueeze(-1))
+    torch.testing.assert_close(got[1], (grads * rows).sum(-1))

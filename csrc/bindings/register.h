@@ -14,5 +14,6 @@ void register_layouts(pybind11::module_& module);
 void register_plan(pybind11::module_& module);
 void register_runtime(pybind11::module_& module);
 void register_push(pybind11::module_& module);
+void register_weigh(pybind11::module_& module);
 
 }  // namespace moe_ep

@@ -83,7 +83,7 @@ class Packed:
     cast_from: torch.dtype | None
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False)
 class Dispatch:
     """Result of a dispatch; nobody changes it. Shapes and the meaning of -1 as in ``moe_ep.Dispatched``.
 
