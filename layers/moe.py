@@ -16,6 +16,7 @@ from moe_ep.layers.experts import Activation, ExpertWeights, GroupedExperts
 from moe_ep.layers.router import Routing, TopKRouter, in_backward
 from moe_ep.layers.shared import SharedExpert
 from moe_ep.layers.state import StateDict, gather_full_state_dict, load_full_state_dict
+from moe_ep.untraced import untraced
 
 
 class MoELayer(nn.Module):
@@ -300,8 +301,7 @@ class MoELayer(nn.Module):
         out = self.dispatcher.combine(self._experts(routed, weights), routed.handle, self._combine_weights(routed))
         return out if self.shared_expert is None else out + self.shared_expert(tokens)
 
-    # NOTE: torch.compiler.disable would load the compiler, and set its environment variables, at import.
-    @torch._disable_dynamo
+    @untraced
     def _pipelined(
         self, tokens: torch.Tensor, routing: Routing, weights: ExpertWeights, dtype: torch.dtype
     ) -> torch.Tensor:

@@ -18,6 +18,7 @@ from moe_ep.backends.types import Dispatch
 from moe_ep.config import ExchangeSpec
 from moe_ep.exchange import Exchanger, lookup
 from moe_ep.handle import NUM_PLAN_TENSORS, PER_TOKEN, CudaPlan, Plan
+from moe_ep.untraced import untraced
 
 
 def extras_of(result: Dispatch) -> list[Tensor]:
@@ -72,6 +73,7 @@ def are_transparent(*tensors: Tensor | None) -> bool:
     return all(tensor is None or type(tensor) is Tensor for tensor in tensors)
 
 
+@untraced
 def run_dispatch(exchanger: Exchanger, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatch:
     """A whole dispatch, with its hooks."""
     seq = exchanger.next_seq()
@@ -82,6 +84,7 @@ def run_dispatch(exchanger: Exchanger, x: Tensor, topk_idx: Tensor, topk_weights
     return result
 
 
+@untraced
 def run_combine(exchanger: Exchanger, y: Tensor, row_weights: Tensor | None, plan: Plan) -> Tensor:
     """A whole combine, with its hooks."""
     seq = exchanger.next_seq()
@@ -93,6 +96,7 @@ def run_combine(exchanger: Exchanger, y: Tensor, row_weights: Tensor | None, pla
 
 
 @torch.library.impl(_LIBRARY, "dispatch", "CompositeExplicitAutograd")
+@untraced
 def _dispatch(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, anchor: Tensor, dispatcher_id: int
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -109,12 +113,14 @@ def _dispatch(
 
 
 @torch.library.impl(_LIBRARY, "combine", "CompositeExplicitAutograd")
+@untraced
 def _combine(y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: Tensor, dispatcher_id: int) -> Tensor:
     """Layout rows home: [T, H], each token's (weighted) sum."""
     return run_combine(lookup(dispatcher_id), y, row_weights, Plan.from_tensors(plan))
 
 
 @torch.library.impl(_LIBRARY, "dispatch_replay", "CompositeExplicitAutograd")
+@untraced
 def _dispatch_replay(x: Tensor, plan: list[Tensor], num_rows: int, dispatcher_id: int) -> Tensor:
     """Gradients [T, H] of a combine's output to layout rows; ``num_rows`` is the first size of the result."""
     exchanger = lookup(dispatcher_id)
@@ -127,6 +133,7 @@ def _dispatch_replay(x: Tensor, plan: list[Tensor], num_rows: int, dispatcher_id
 
 
 @torch.library.impl(_LIBRARY, "combine_grads", "CompositeExplicitAutograd")
+@untraced
 def _combine_grads(
     grads: Tensor, weight_grads: Tensor, plan: list[Tensor], dispatcher_id: int
 ) -> tuple[Tensor, Tensor]:
@@ -252,6 +259,7 @@ class _Dispatch(torch.autograd.Function):
         return (rows, weights, counts, *tensors)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]  # noqa: ANN401
         rows, weights = filled(grads, ctx.like)
         dx, dweights = _OPS.combine_grads(rows, weights, list(ctx.saved_tensors), ctx.dispatcher_id)
@@ -278,6 +286,7 @@ class _Combine(torch.autograd.Function):
         return _below_autograd(_OPS.combine.default, y, row_weights, list(plan), anchor, dispatcher_id)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
         # NOTE: saved tensors may be unpacked only once under non-reentrant checkpointing.
         saved = ctx.saved_tensors
@@ -293,6 +302,7 @@ def _below_autograd(op: Any, *args: Any) -> Any:  # noqa: ANN401
 
 
 @torch.library.impl(_LIBRARY, "dispatch", "Autograd")
+@untraced
 def _dispatch_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # noqa: ANN401
     if not torch.is_grad_enabled():
         return _below_autograd(_OPS.dispatch.default, *args)
@@ -301,6 +311,7 @@ def _dispatch_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]
 
 
 @torch.library.impl(_LIBRARY, "combine", "Autograd")
+@untraced
 def _combine_autograd(
     y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: Tensor, dispatcher_id: int
 ) -> Tensor:
@@ -310,10 +321,12 @@ def _combine_autograd(
 
 
 @torch.library.impl(_LIBRARY, "dispatch_replay", "Autograd")
+@untraced
 def _dispatch_replay_autograd(*args: Any) -> Tensor:  # noqa: ANN401
     return _below_autograd(_OPS.dispatch_replay.default, *args)
 
 
 @torch.library.impl(_LIBRARY, "combine_grads", "Autograd")
+@untraced
 def _combine_grads_autograd(*args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     return _below_autograd(_OPS.combine_grads.default, *args)
