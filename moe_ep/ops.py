@@ -54,6 +54,9 @@ for _schema in (
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _OPS = torch.ops.moe_ep
+for _op in (_OPS.dispatch, _OPS.combine, _OPS.dispatch_replay, _OPS.combine_grads):
+    # A compiled graph keeps an exchange whose result it does not use: peers wait for it.
+    torch.fx.has_side_effect(_op.default)
 
 
 # What the operators do
