@@ -40,8 +40,8 @@ class MoELayer(nn.Module):
     exchanges; on a GPU and in a router of another class by the group's own all-reduce, which the group's own timeout
     bounds.
 
-    ``torch.compile(fullgraph=True)`` works with ``num_chunks=1``; exchanges are then synchronous and ``late_wgrad`` has
-    no effect. With more chunks the exchanges break the graph.
+    ``torch.compile`` works, with ``fullgraph=True`` where ``num_chunks=1``; exchanges are then synchronous and
+    ``late_wgrad`` has no effect. More chunks, and without ``fullgraph`` each dispatch, break the graph.
 
     Args:
         group: ProcessGroup or 1-D DeviceMesh over which the experts are spread; None for one rank with all of them.
