@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from moe_ep.backends.control import Call
 from moe_ep.buffer import Buffer
+from moe_ep.layers.operators import sum_over_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class _Terms:
 def _group_losses(terms: _Terms, top_k: int, group: dist.ProcessGroup | Buffer) -> tuple[torch.Tensor, ...]:
     packed = terms.pack()
     if isinstance(group, Buffer):
-        packed, scale = _sum_over_ranks(packed, group), group.group_size
+        packed, scale = sum_over_ranks(packed, group), group.group_size
     else:
         dist.all_reduce(packed, group=group)
         scale = dist.get_world_size(group)
@@ -121,15 +121,6 @@ def _group_losses(terms: _Terms, top_k: int, group: dist.ProcessGroup | Buffer) 
     # The value is the whole batch's; the gradient is this rank's share of it, times the ranks it will be averaged over.
     pairs = zip(whole.losses(top_k), share.losses(top_k), strict=True)
     return tuple(value.to(part.dtype) + (part - part.detach()) * scale for value, part in pairs)
-
-
-def _sum_over_ranks(numbers: torch.Tensor, buffer: Buffer) -> torch.Tensor:
-    """fp64 [n] summed in rank order: the same bits on all ranks. The host waits."""
-    # Headers carry integers from 0 to below 2**31: a double travels as four of 16 bits.
-    words = numbers.view(torch.uint16).to("cpu", torch.int64)
-    call = Call.of("settings", f"the sum of {numbers.numel()} numbers for the losses of a router")
-    table = buffer.run(lambda: buffer.control.open(call, words))
-    return table.to(torch.uint16).view(torch.float64).sum(0).to(numbers.device)
 
 
 def balance_loss(

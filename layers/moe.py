@@ -13,9 +13,11 @@ from moe_ep.config import Capacity
 from moe_ep.dispatcher import Dispatched, TokenDispatcher
 from moe_ep.errors import MoeEpError
 from moe_ep.layers.experts import Activation, ExpertWeights, GroupedExperts
-from moe_ep.layers.router import Routing, TopKRouter, in_backward
+from moe_ep.layers.operators import count
+from moe_ep.layers.router import Routing, TopKRouter
 from moe_ep.layers.shared import SharedExpert
 from moe_ep.layers.state import StateDict, gather_full_state_dict, load_full_state_dict
+from moe_ep.untraced import untraced
 
 
 class MoELayer(nn.Module):
@@ -35,11 +37,11 @@ class MoELayer(nn.Module):
     Auxiliary losses enter the gradient by themselves, on the edge of the router weights, scaled by
     ``router.loss_scale``; under checkpointing, DDP and pipelines nothing else is needed. With ``scope="group"`` they
     are summed over the ranks: on a CPU through the dispatcher's Buffer, with ``timeout_s`` and the errors of its
-    exchanges; on a GPU, under ``torch.compile`` and in a router of another class by the group's own all-reduce, which
-    the group's own timeout bounds.
+    exchanges; on a GPU and in a router of another class by the group's own all-reduce, which the group's own timeout
+    bounds.
 
-    ``torch.compile(fullgraph=True)`` works with ``num_chunks=1``; exchanges are then synchronous and ``late_wgrad`` has
-    no effect. With more chunks the exchanges break the graph.
+    ``torch.compile`` works, with ``fullgraph=True`` where ``num_chunks=1``; exchanges are then synchronous and
+    ``late_wgrad`` has no effect. More chunks, and without ``fullgraph`` each dispatch, break the graph.
 
     Args:
         group: ProcessGroup or 1-D DeviceMesh over which the experts are spread; None for one rank with all of them.
@@ -201,8 +203,7 @@ class MoELayer(nn.Module):
             raise
         except Exception as error:
             self._refuse(error)
-        if not in_backward():
-            self.tokens_per_expert += routing.tokens_per_expert
+        count(self.tokens_per_expert, routing.tokens_per_expert)
         tokens = x.reshape(-1, self.hidden_size).contiguous()
         in_one = self.num_chunks == 1 and (torch.compiler.is_compiling() or self.dispatcher.group_size == 1)
         out = (self._synchronous if in_one else self._pipelined)(tokens, routing, self.experts.weights(dtype), dtype)
@@ -255,7 +256,7 @@ class MoELayer(nn.Module):
     def _loss_group(self) -> dist.ProcessGroup | Buffer | None:
         """Over what the router sums its losses; the same on all ranks, whatever their input."""
         group, device = self.dispatcher.group, self.experts.w_gate_up.device
-        if group is None or device.type != "cpu" or torch.compiler.is_compiling():
+        if group is None or device.type != "cpu":
             return group
         return self.dispatcher.buffer if isinstance(self.router, TopKRouter) else group
 
@@ -300,8 +301,7 @@ class MoELayer(nn.Module):
         out = self.dispatcher.combine(self._experts(routed, weights), routed.handle, self._combine_weights(routed))
         return out if self.shared_expert is None else out + self.shared_expert(tokens)
 
-    # NOTE: torch.compiler.disable would load the compiler, and set its environment variables, at import.
-    @torch._disable_dynamo
+    @untraced
     def _pipelined(
         self, tokens: torch.Tensor, routing: Routing, weights: ExpertWeights, dtype: torch.dtype
     ) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from moe_ep.buffer import Buffer
 from moe_ep.layers.functions import AttachLoss
 from moe_ep.layers.losses import RouterLosses, count_choices
+from moe_ep.layers.operators import after, count
 from moe_ep.layers.seeding import assign, seeded_uniform
 
 # Keeps the normalisation of sigmoid scores finite where all of a token's scores vanish (DeepSeek-V3's constant).
@@ -163,10 +164,12 @@ class TopKRouter(nn.Module):
         if losses and not return_losses:
             weights = AttachLoss.apply(weights, sum(losses.values()) * self.loss_scale)
             losses = {name: loss.detach() for name, loss in losses.items()}
-        counts = counts.sum(0)
-        if self.bias_counts is not None and self.training and not in_backward():
-            self.bias_counts += counts
-        return Routing(topk_idx=topk_idx.flatten(0, 1), topk_weights=weights, tokens_per_expert=counts, losses=losses)
+        topk_idx, counts = topk_idx.flatten(0, 1), counts.sum(0)
+        if losses and self.scope == "group" and isinstance(group, Buffer):
+            topk_idx = after(topk_idx, losses.values())
+        if self.bias_counts is not None and self.training:
+            count(self.bias_counts, counts)
+        return Routing(topk_idx=topk_idx, topk_weights=weights, tokens_per_expert=counts, losses=losses)
 
     @torch.no_grad()
     def update_bias(self, group: dist.ProcessGroup | None = None) -> None:
@@ -224,12 +227,6 @@ class TopKRouter(nn.Module):
         if bias is not None and self.correction_bias is not None and self.correction_bias.dtype != bias.dtype:
             self.correction_bias = bias.to(self.correction_bias.device)
         return self
-
-
-def in_backward() -> bool:
-    """Whether this code runs inside a backward pass, as the recomputation of a checkpointed forward does."""
-    # A compiled graph holds the forward once, whatever its backward recomputes.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def set_loss_scale(model: nn.Module, scale: float | torch.Tensor) -> None:

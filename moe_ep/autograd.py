@@ -19,6 +19,7 @@ from moe_ep.events import Job
 from moe_ep.exchange import Exchanger
 from moe_ep.handle import DispatchHandle, Plan
 from moe_ep.ops import filled, once, weighted_grads
+from moe_ep.untraced import untraced
 
 
 def take(exchange: DispatchExchange | CombineExchange, name: str) -> Job[Any]:
@@ -139,6 +140,7 @@ class DispatchLaunch(torch.autograd.Function):
         return torch.zeros((), device=x.device)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad_token: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
         dx, dweights = ctx.exchange.wait_backward()
         return None, None, once(dx, grad_token), None, None, once(dweights, grad_token), None
@@ -160,6 +162,7 @@ class DispatchWait(torch.autograd.Function):
         return rows, weights
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]  # noqa: ANN401
         grad_rows, grad_weights = filled(grads, ctx.like)
         ctx.exchange.launch_backward(grad_rows, grad_weights, list(ctx.saved_tensors))
@@ -180,6 +183,7 @@ class CombineLaunch(torch.autograd.Function):
         return torch.zeros((), device=y.device)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad_token: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
         rows = once(ctx.exchange.wait_backward(), grad_token)
         saved = ctx.saved_tensors
@@ -197,6 +201,7 @@ class CombineWait(torch.autograd.Function):
         return exchange.wait()
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
         ctx.exchange.launch_backward(grad, list(ctx.saved_tensors))
         return None, once(grad.new_zeros((), dtype=torch.float32), grad)

@@ -32,6 +32,7 @@ from moe_ep.events import Done, EventHandle, EventOverlap, Job
 _LOGGER = logging.getLogger("moe_ep")
 _DEFAULT_TIMEOUT_S = 600.0
 _NUMBERS = itertools.count(1)
+_LIVE: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()
 # Any grant that holds this many rows per source works, in as many rounds as it takes.
 _LEAST_ROWS_PER_SOURCE = 64
 
@@ -115,6 +116,7 @@ class Buffer(InternodeCalls, LowLatencyCalls):
         self._destroyed = False
         # Handles carry it: an id() may come back.
         self.number = next(_NUMBERS)
+        _LIVE[self.number] = self
         self._dispatchers = 0
         self._thread = CommunicationThread()
         # Weak: a future holds what its exchange delivered. One that is gone was complete.
@@ -416,6 +418,18 @@ def _wrong_sizes(**sizes: int) -> ValueError | None:
 def _tell_choice(chosen: str, reason: str | None) -> None:
     """Say once what ``backend="auto"`` chose, and why."""
     _LOGGER.info('backend="auto" chose %s: %s', chosen, reason)
+
+
+def live_buffer(number: int) -> Buffer:
+    """The Buffer of a number, which operators carry; the table does not keep it alive.
+
+    Raises:
+        MoeEpError: when it is gone.
+    """
+    buffer = _LIVE.get(number)
+    if buffer is None:
+        raise MoeEpError("the Buffer of this exchange no longer exists: keep it, or its group, alive")
+    return buffer
 
 
 def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:

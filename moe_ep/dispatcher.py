@@ -23,6 +23,7 @@ from moe_ep.hooks import Hook, HookHandle
 from moe_ep.ops import are_transparent, run_combine, run_dispatch
 from moe_ep.results import Dispatched, PendingCombine, PendingDispatch, dispatched, dispatched_plainly
 from moe_ep.sm_budget import SmBudget, check_sm_budget
+from moe_ep.untraced import untraced
 from moe_ep.validate import check_dispatcher
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -157,6 +158,7 @@ class TokenDispatcher(nn.Module):
         """Attach to a group, after unpickling or to move to another one. Collective; earlier handles become stale."""
         self._attach(group, buffer)
 
+    @untraced
     def _attach(self, group: dist.ProcessGroup | DeviceMesh | None, buffer: Buffer | None) -> None:
         if buffer is None:
             buffer = Buffer.for_group(group, timeout_s=self.timeout_s, backend=self._backend)
@@ -295,6 +297,7 @@ class TokenDispatcher(nn.Module):
             self._live().combine(y, weights, handle.plan)
         return torch.ops.moe_ep.combine(y, weights, tensors, self._anchor, self._ready_id())
 
+    @untraced
     def dispatch_async(
         self, x: Rows, topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None = None
     ) -> PendingDispatch:
@@ -310,6 +313,7 @@ class TokenDispatcher(nn.Module):
         token = DispatchLaunch.apply(exchange, planned, rows, scales, topk_idx, topk_weights, self._anchor)
         return PendingDispatch(exchange, token)
 
+    @untraced
     def combine_async(self, y: Tensor, handle: DispatchHandle, weights: Tensor | None = None) -> PendingCombine:
         """As :meth:`combine`, returning at once; work created before ``.wait()`` runs beside it, also in backward.
 
@@ -318,6 +322,7 @@ class TokenDispatcher(nn.Module):
         exchange = CombineExchange(self._live(), self._checked(handle))
         return PendingCombine(exchange, CombineLaunch.apply(exchange, self._cast(y), weights, self._anchor))
 
+    @untraced
     def plan(self, chunks: list[Tensor]) -> list[Counted]:
         """Exchange the counts of several sets of tokens at once, so that their dispatches need no further one.
 
@@ -331,6 +336,7 @@ class TokenDispatcher(nn.Module):
 
     # Hooks and state
 
+    @untraced
     def register_hook(self, phase: str, fn: Hook) -> HookHandle:
         """Call ``fn(PhaseEvent)`` on the host when a phase is reached.
 
@@ -344,12 +350,14 @@ class TokenDispatcher(nn.Module):
         """
         return self._live().hooks.register(phase, fn)
 
+    @untraced
     def check(self) -> None:
         """Wait for exchanges under way and raise the CapacityError of one that overflowed, on all ranks."""
         exchanger = self._live()
         exchanger.buffer.drain()
         exchanger.raise_overflow()
 
+    @untraced
     def reset(self) -> None:
         """Make exchanges possible again after a timeout or abort. Collective; earlier handles become stale."""
         self._live().buffer.reset()

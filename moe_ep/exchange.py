@@ -26,6 +26,7 @@ from moe_ep.handle import Overflow, Plan
 from moe_ep.hooks import Hooks
 from moe_ep.plan import logical_to_physical
 from moe_ep.sm_budget import SmBudget
+from moe_ep.untraced import untraced
 from moe_ep.validate import check_chunk, check_layout_rows, check_routing, check_row_weights, check_rows
 
 _CPU = torch.device("cpu")
@@ -172,6 +173,7 @@ class Exchanger:
 
         return self._launch(run, error, plan.device)
 
+    @untraced
     def refuse(self, kind: str, error: Exception) -> NoReturn:
         """Raise an error that no operator would carry to the peers, after telling them."""
         call = self._call(kind, self.spec, 0)

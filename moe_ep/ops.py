@@ -19,6 +19,7 @@ from moe_ep.backends.weighing import weigh
 from moe_ep.config import ExchangeSpec
 from moe_ep.exchange import Exchanger, lookup
 from moe_ep.handle import Plan, num_tokens_of
+from moe_ep.untraced import untraced
 
 
 def extras_of(result: Dispatch) -> list[Tensor]:
@@ -48,6 +49,9 @@ for _schema in (
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _OPS = torch.ops.moe_ep
+for _op in (_OPS.dispatch, _OPS.combine, _OPS.dispatch_replay, _OPS.combine_grads):
+    # A compiled graph keeps an exchange whose result it does not use: peers wait for it.
+    torch.fx.has_side_effect(_op.default)
 
 
 # What the operators do
@@ -70,6 +74,7 @@ def are_transparent(*tensors: Tensor | None) -> bool:
     return True
 
 
+@untraced
 def run_dispatch(exchanger: Exchanger, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatch:
     """A whole dispatch, with its hooks."""
     seq = exchanger.next_seq()
@@ -80,6 +85,7 @@ def run_dispatch(exchanger: Exchanger, x: Tensor, topk_idx: Tensor, topk_weights
     return result
 
 
+@untraced
 def run_combine(exchanger: Exchanger, y: Tensor, row_weights: Tensor | None, plan: Plan) -> Tensor:
     """A whole combine, with its hooks."""
     seq = exchanger.next_seq()
@@ -91,6 +97,7 @@ def run_combine(exchanger: Exchanger, y: Tensor, row_weights: Tensor | None, pla
 
 
 @torch.library.impl(_LIBRARY, "dispatch", "CompositeExplicitAutograd")
+@untraced
 def _dispatch(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, anchor: Tensor, dispatcher_id: int
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -102,12 +109,14 @@ def _dispatch(
 
 
 @torch.library.impl(_LIBRARY, "combine", "CompositeExplicitAutograd")
+@untraced
 def _combine(y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: Tensor, dispatcher_id: int) -> Tensor:
     """Layout rows home: [T, H], each token's (weighted) sum."""
     return run_combine(lookup(dispatcher_id), y, row_weights, Plan.from_tensors(plan))
 
 
 @torch.library.impl(_LIBRARY, "dispatch_replay", "CompositeExplicitAutograd")
+@untraced
 def _dispatch_replay(x: Tensor, plan: list[Tensor], num_rows: int, dispatcher_id: int) -> Tensor:
     """Gradients [T, H] of a combine's output to layout rows; ``num_rows`` is the first size of the result."""
     exchanger = lookup(dispatcher_id)
@@ -120,6 +129,7 @@ def _dispatch_replay(x: Tensor, plan: list[Tensor], num_rows: int, dispatcher_id
 
 
 @torch.library.impl(_LIBRARY, "combine_grads", "CompositeExplicitAutograd")
+@untraced
 def _combine_grads(
     grads: Tensor, weight_grads: Tensor, plan: list[Tensor], dispatcher_id: int
 ) -> tuple[Tensor, Tensor]:
@@ -134,6 +144,7 @@ def _combine_grads(
 
 
 @torch.library.impl(_LIBRARY, "weigh_grads", "CompositeExplicitAutograd")
+@untraced
 def _weigh_grads(grads: Tensor, y: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and of its weights, from those of the weighted rows; no exchange."""
     return weigh(grads, y, row_weights)
@@ -255,6 +266,7 @@ class _Dispatch(torch.autograd.Function):
         return (rows, weights, counts, *tensors)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]  # noqa: ANN401
         rows, weights = filled(grads, ctx.like)
         dx, dweights = _OPS.combine_grads(rows, weights, list(ctx.saved_tensors), ctx.dispatcher_id)
@@ -281,6 +293,7 @@ class _Combine(torch.autograd.Function):
         return _below_autograd(_OPS.combine.default, y, row_weights, list(plan), anchor, dispatcher_id)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]  # noqa: ANN401
         # NOTE: saved tensors may be unpacked only once under non-reentrant checkpointing.
         saved = ctx.saved_tensors
@@ -296,6 +309,7 @@ def _below_autograd(op: Any, *args: Any) -> Any:  # noqa: ANN401
 
 
 @torch.library.impl(_LIBRARY, "dispatch", "Autograd")
+@untraced
 def _dispatch_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # noqa: ANN401
     if not torch.is_grad_enabled():
         return _below_autograd(_OPS.dispatch.default, *args)
@@ -304,6 +318,7 @@ def _dispatch_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]
 
 
 @torch.library.impl(_LIBRARY, "combine", "Autograd")
+@untraced
 def _combine_autograd(
     y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: Tensor, dispatcher_id: int
 ) -> Tensor:
@@ -313,6 +328,7 @@ def _combine_autograd(
 
 
 @torch.library.impl(_LIBRARY, "dispatch_replay", "Autograd")
+@untraced
 def _dispatch_replay_autograd(*args: Any) -> Tensor:  # noqa: ANN401
     return _below_autograd(_OPS.dispatch_replay.default, *args)
 
@@ -323,5 +339,6 @@ def _weigh_grads_autograd(*args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
 
 
 @torch.library.impl(_LIBRARY, "combine_grads", "Autograd")
+@untraced
 def _combine_grads_autograd(*args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     return _below_autograd(_OPS.combine_grads.default, *args)

@@ -12,6 +12,7 @@ from moe_ep.config import ExchangeSpec
 from moe_ep.exchange import Exchanger
 from moe_ep.handle import DispatchHandle
 from moe_ep.ops import extras_of
+from moe_ep.untraced import untraced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class PendingDispatch:
         self._token = token
         self._result: Dispatched | None = None
 
+    @untraced
     def wait(self) -> Dispatched:
         """Wait for the rows; the current stream (on CPU: the host) waits. A second call returns the same result.
 
@@ -80,6 +82,7 @@ class PendingCombine:
         self._token = token
         self._result: Tensor | None = None
 
+    @untraced
     def wait(self) -> Tensor:
         """Wait for the sums [T, H]; a second call returns the same tensor."""
         if self._result is None:
