@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(device::kPipeWarps* kWarpSize) push(const __gr
     if (threadIdx.x % kWarpSize != 0) return;
     auto* barriers = reinterpret_cast<uint64_t*>(memory + device::kPipeWarps * device::kPipeBytes);
     device::BulkPipe pipe(memory + warp * device::kPipeBytes, barriers + warp * device::kPipeStages);
+    pipe.init();
     // Neighbouring pieces go to different SMs.
     push_pieces(params, pipe, blockIdx.x + static_cast<int64_t>(warp) * gridDim.x,
                 static_cast<int64_t>(gridDim.x) * device::kPipeWarps);
