@@ -21,13 +21,15 @@ from moe_ep.backends.cuda_outputs import Outputs, outputs_of
 from moe_ep.backends.cuda_placing import Placing
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import FP8_GROUP, ExchangeSpec
-from moe_ep.handle import CudaPlan
+from moe_ep.handle import LAYOUT_CODES, CudaPlan
 from moe_ep.plan import rows_of_factor
 
 _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 _CASTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 # How many of 24 blocks send; the others place or reduce.
 _SENDERS_OF_24 = {"compact": 8, "expanded": 8, "slab": 8, "combine": 16, "combine compact": 16}
+# Of combines that go round the rings: senders wait for reducers to make room, and cannot help them before they are done.
+_SENDERS_OF_24_IN_LAPS = 11
 # SMs until a number is given: where the measured curve of two H100s begins to flatten (benchmarks/NOTES.md).
 _DEFAULT_SMS = {"compact": 24, "expanded": 32, "slab": 32, "combine": 32, "combine compact": 24}
 _HOPPER = (9, 0)
@@ -129,11 +131,12 @@ class CudaBackend:
     def _agree(self, *sizes: int) -> list[int]:
         return self.control.open(Call("reserve"), torch.tensor(sizes, device="cpu")).amax(0).tolist()
 
-    def _split(self, what: str, num_sms: int | None) -> tuple[int, int]:
+    def _split(self, what: str, num_sms: int | None, in_laps: bool = False) -> tuple[int, int]:
         """Blocks of the two roles of a kernel, by the layout that a dispatch places, or what a combine reads."""
         # Blocks wait for each other, so all of them have to be resident.
         num_sms = min(num_sms or _DEFAULT_SMS[what], self.link.num_sms, _MOST_SMS)
-        senders = max(num_sms * _SENDERS_OF_24[what] // 24, 1)
+        of_24 = _SENDERS_OF_24_IN_LAPS if in_laps and what not in LAYOUT_CODES else _SENDERS_OF_24[what]
+        senders = max(num_sms * of_24 // 24, 1)
         others = max(num_sms - senders, 1)
         return (0, senders + others) if self.control.size == 1 else (senders, others)
 
@@ -405,10 +408,12 @@ class CudaBackend:
             out_values = values.new_empty(plan.num_tokens, top_k)
             value_words = values.itemsize // WORD_BYTES
         weight_words = 0 if row_weights is None else row_weights.itemsize // WORD_BYTES
+        record = (y.shape[1] * (WORD_BYTES if wide else y.itemsize), top_k * value_words)
+        laps = self.num_laps(plan.max_chunks * self._extension.CHUNK_TOKENS, record)
         words = (weight_words, value_words)
         event = self._extension.combine(
             self.link.channel,
-            self._combine_settings(y, words, only_own_values, wide, plan.is_compact, num_sms),
+            self._combine_settings(y, words, only_own_values, wide, plan.is_compact, num_sms, laps > 1),
             self._kept(plan),
             header,
             top_k,
@@ -426,11 +431,19 @@ class CudaBackend:
         return Launch(self.link, lambda: ((out, out_values), (flight,)), tuple)
 
     def _combine_settings(
-        self, y: Tensor, words: tuple[int, int], only_own_values: bool, wide: bool, compact: bool, num_sms: int | None
+        self,
+        y: Tensor,
+        words: tuple[int, int],
+        only_own_values: bool,
+        wide: bool,
+        compact: bool,
+        num_sms: int | None,
+        in_laps: bool,
     ) -> Any:  # noqa: ANN401
-        key = ("combine", y.dtype, y.shape[1], words, only_own_values, wide, compact, num_sms)
+        key = ("combine", y.dtype, y.shape[1], words, only_own_values, wide, compact, num_sms, in_laps)
         if key not in self._settings:
-            senders, reducers = self._split("combine compact" if compact else "combine", num_sms)
+            what = "combine compact" if compact else "combine"
+            senders, reducers = self._split(what, num_sms, in_laps)
             settings = self._extension.CombineSettings(
                 element=_ELEMENTS[y.dtype],
                 hidden=y.shape[1],
