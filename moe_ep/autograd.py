@@ -32,10 +32,16 @@ def take(exchange: DispatchExchange | CombineExchange, name: str) -> Job[Any]:
 
 
 class DispatchExchange:
-    """A dispatch under way, and its reversed exchange: the state that Launch and Wait share."""
+    """A dispatch under way, and its reversed exchange: the state that Launch and Wait share.
 
-    def __init__(self, exchanger: Exchanger) -> None:
+    Args:
+        exchanger: carries it out.
+        lends: as in its ``dispatch``.
+    """
+
+    def __init__(self, exchanger: Exchanger, lends: bool = False) -> None:
         self.exchanger = exchanger
+        self.lends = lends
         self.seq = 0
         self.job: Job[Dispatch] | None = None
         self.result: Dispatch | None = None
@@ -49,7 +55,7 @@ class DispatchExchange:
         """Start it."""
         self.seq = self.exchanger.next_seq()
         with self.exchanger.overlapped():
-            job = self.exchanger.dispatch(x, topk_idx, topk_weights, planned)
+            job = self.exchanger.dispatch(x, topk_idx, topk_weights, planned, self.lends)
         self.job = self.exchanger.sm_budget.hold(job, topk_idx.device)
         self.exchanger.fire("dispatch_launched", self.seq)
 

@@ -150,6 +150,7 @@ class BufferCalls(TorchCalls):
                 check_values=self._cuda is None,
             )
             self.check_grant(request.rows.shape[1] * request.rows.itemsize)
+            self.backend.lease.check("x", request.rows)
             if self._cuda is not None:
                 self._cuda.check_request(request)
         # Whatever it is: peers wait for this rank's header.
@@ -160,6 +161,7 @@ class BufferCalls(TorchCalls):
                 self._cuda.refuse(Call("dispatch"), error, x)
             assert request is not None
             return self._cuda.dispatch(request, expert_alignment, self.number, order)
+        self.backend.lease.end()
         counted = self.run(lambda: self._count(request, error))
         assert request is not None
         with self._announced():
@@ -204,6 +206,7 @@ class BufferCalls(TorchCalls):
         try:
             if error is None:
                 check_combine(x, plan, topk_weights, biases)
+                self.backend.lease.check("x", x)
                 shapes = describe_combine(x, topk_weights)
                 if self._cuda is not None:
                     self._cuda.check_rows(x, weight_words(topk_weights))
@@ -215,6 +218,7 @@ class BufferCalls(TorchCalls):
                 self._cuda.refuse(call, error, x)
             assert isinstance(plan, CudaPlan)
             return self._cuda.combine(x, plan, topk_weights, biases, call, order)
+        self.backend.lease.end()
         self.run(lambda: self._announce(call, error))
         assert isinstance(plan, Plan)
         return self._combine(x, plan, topk_weights, biases, async_finish)
@@ -244,6 +248,7 @@ class BufferCalls(TorchCalls):
         if error is not None and self._cuda is not None:
             self._cuda.refuse(Call("dispatch"), error)
         if error is not None:
+            self.backend.lease.end()
             self.run(lambda: self.control.open(Call("dispatch"), error=error))
 
     def _order(self, previous_event: EventOverlap | None, async_finish: bool, config: Config | None) -> Order:
@@ -273,6 +278,7 @@ class BufferCalls(TorchCalls):
             check_no_layout(layout)
             if error is None:
                 rows, scales = check_again(x, plan)
+                self.backend.lease.check("x", rows)
                 request = Request(rows, scales, None, None, handle.is_token_in_rank, rows, UNSPECIFIED)
                 shapes = describe_rows(rows, scales)
                 if self._cuda is not None:
@@ -286,6 +292,7 @@ class BufferCalls(TorchCalls):
             assert isinstance(plan, CudaPlan)
             again, event = self._cuda.replay(rows, scales, plan, call, order)
             return again, None, None, None, None, event
+        self.backend.lease.end()
         self.run(lambda: self._announce(call, error))
         assert request is not None
         assert isinstance(plan, Plan)

@@ -24,7 +24,7 @@ from moe_ep.ops import are_transparent, run_combine, run_dispatch
 from moe_ep.results import Dispatched, PendingCombine, PendingDispatch, dispatched, dispatched_plainly
 from moe_ep.sm_budget import SmBudget, check_sm_budget
 from moe_ep.untraced import untraced
-from moe_ep.validate import check_dispatcher
+from moe_ep.validate import check_dispatcher, wrong_out
 
 Rows = Tensor | tuple[Tensor, Tensor]
 _LAYER_NUMBERS = itertools.count()
@@ -238,7 +238,15 @@ class TokenDispatcher(nn.Module):
 
     # Exchanges
 
-    def dispatch(self, x: Rows, topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None = None) -> Dispatched:
+    def dispatch(
+        self,
+        x: Rows,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        planned: Counted | None = None,
+        *,
+        out: str = "private",
+    ) -> Dispatched:
         """Send tokens to the ranks of their experts.
 
         Args:
@@ -247,6 +255,12 @@ class TokenDispatcher(nn.Module):
             topk_idx: [T, K] int64 expert ids, -1 = no choice; a token may not choose an expert twice.
             topk_weights: [T, K] fp32 (fp64 for fp64 rows).
             planned: what :meth:`plan` returned for this ``topk_idx``.
+            out: ``"private"`` rows, or, without gradients, ``"arena"``: on the CUDA backend peers store rows where
+                they stay, in memory that the next exchange writes, and ``Dispatched.in_arena`` tells whether they fit.
+                On every backend such rows are over when the next exchange of the same Buffer is launched, and
+                autograd raises for what it saved of them. Until then they may be read on the current stream; other
+                streams must be ordered before that launch by the caller. A replayed CUDA graph ends them too,
+                unnoticed.
 
         Returns:
             A :class:`Dispatched`. Waits for the host in exact mode, never with a capacity on the CUDA backend.
@@ -256,16 +270,19 @@ class TokenDispatcher(nn.Module):
             CapacityError: when an earlier exchange overflowed under ``on_overflow="raise"``, on all ranks.
             PeerAbortedError, PeerTimeoutError, ExchangeMismatchError: what happened on another rank.
         """
+        lends = out != "private" and self._lends(out)
         if planned is not None or isinstance(x, tuple):
-            return self.dispatch_async(x, topk_idx, topk_weights, planned).wait()
+            return self.dispatch_async(x, topk_idx, topk_weights, planned, out=out).wait()
         x = self._cast(x)
         if are_transparent(x, topk_idx, topk_weights):
             exchanger = self._live()
-            result = run_dispatch(exchanger, x, topk_idx, topk_weights)
+            result = run_dispatch(exchanger, x, topk_idx, topk_weights, lends)
             return dispatched_plainly(exchanger, result)
         if not _on_one_device(x, topk_idx, topk_weights):
             # An operator would refuse these on this rank alone; this raises, and tells the peers.
-            self._live().dispatch(x, topk_idx, topk_weights, None)
+            self._live().dispatch(x, topk_idx, topk_weights, None, lends)
+        if lends:
+            return self.dispatch_async(x, topk_idx, topk_weights, out=out).wait()
         # NOTE: plain attribute reads: they are what torch.compile guards on.
         rows, weights, counts, tensors = torch.ops.moe_ep.dispatch(
             x, topk_idx, topk_weights, self._anchor, self._ready_id()
@@ -299,13 +316,20 @@ class TokenDispatcher(nn.Module):
 
     @untraced
     def dispatch_async(
-        self, x: Rows, topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None = None
+        self,
+        x: Rows,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        planned: Counted | None = None,
+        *,
+        out: str = "private",
     ) -> PendingDispatch:
         """As :meth:`dispatch`, returning at once; work created before ``.wait()`` runs beside it, also in backward.
 
-        NOTE: x, topk_idx and topk_weights must not be changed in place before ``.wait()``.
+        NOTE: x, topk_idx and topk_weights must not be changed in place before ``.wait()``. With ``out="arena"`` no
+        exchange of the Buffer may be launched before it either; ``.wait()`` then raises MoeEpError.
         """
-        exchange = DispatchExchange(self._live())
+        exchange = DispatchExchange(self._live(), out != "private" and self._lends(out))
         if isinstance(x, tuple) and len(x) != 2:
             # Refused by name, after the peers were told.
             exchange.launch(x, topk_idx, topk_weights, planned)
@@ -412,6 +436,16 @@ class TokenDispatcher(nn.Module):
         if not torch.compiler.is_compiling():
             self._live()
         return self._id
+
+    def _lends(self, out: str) -> bool:
+        """Whether rows are lent, for anything but ``"private"``; what cannot be is refused, and the peers are told."""
+        error = wrong_out(out, self._settings, torch.is_grad_enabled(), torch.compiler.is_compiling())
+        if error is not None and torch.compiler.is_compiling():
+            # Peers trace as well.
+            raise error
+        if error is not None:
+            self._live().refuse("dispatch", error, out == "arena")
+        return True
 
     def _cast(self, x: Tensor) -> Tensor:
         """Rows in the autocast dtype where autocast is on."""

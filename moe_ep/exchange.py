@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_ep.backends.control import Call
+from moe_ep.backends.lease import LentJob
 from moe_ep.backends.types import Announce, Counted, Dispatch
 from moe_ep.buffer import Buffer
 from moe_ep.config import ExchangeSpec
@@ -71,7 +72,7 @@ class Exchanger:
         self._overflow: Overflow | None = None
         self._overflow_incarnation = 0
         # Of settings, and what they are in words.
-        self._digests: dict[tuple[ExchangeSpec, int, bool], tuple[int, str]] = {}
+        self._digests: dict[tuple[ExchangeSpec, int, bool, bool], tuple[int, str]] = {}
         self.num_exchanges = 0
         with torch.inference_mode(False):
             self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64, device="cpu")
@@ -119,14 +120,20 @@ class Exchanger:
         return self._launch(run, error).result()
 
     def dispatch(
-        self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, planned: Counted | None
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        planned: Counted | None,
+        lends: bool = False,
     ) -> Job[Dispatch]:
-        """Rows to the ranks of their experts."""
+        """Rows to the ranks of their experts; with ``lends`` they are over when the next exchange is launched."""
         spec = self._spec_for(x)
         error: Exception | None = None
         rows = scales = None
         try:
             rows, scales = check_rows("x", x, spec)
+            self.buffer.backend.lease.check("x", rows)
             if topk_weights is None:
                 raise ValueError("topk_weights are missing: pass the router's [T, K] weights, or ones")
             check_routing(rows, topk_idx, topk_weights, spec, self._num_ids(), self.validate)
@@ -137,7 +144,7 @@ class Exchanger:
 
         def run() -> Dispatch:
             control = self.buffer.control
-            call = self._call("dispatch", spec, 0, int(planned is None), scales is not None)
+            call = self._call("dispatch", spec, 0, int(planned is None), scales is not None, lends)
             if error is not None:
                 control.open(call, error=error)
             assert rows is not None
@@ -152,7 +159,8 @@ class Exchanger:
                 self._overflow, self._overflow_incarnation = result.groups.overflow, control.incarnation
             return result
 
-        return self._launch(run, error, _CPU if rows is None else rows.device)
+        job = self._launch(run, error, _CPU if rows is None else rows.device)
+        return LentJob(job, self.buffer.backend.lease, lambda result: result.rows) if lends else job
 
     def combine(self, y: Tensor, row_weights: Tensor | None, plan: Plan) -> Job[Tensor]:
         """[T, H]: each token's weighted sum."""
@@ -162,6 +170,7 @@ class Exchanger:
             if error is None:
                 check_layout_rows("y", y, plan, spec)
                 check_row_weights(row_weights, plan, spec)
+                self.buffer.backend.lease.check("y", y)
         except Exception as failure:
             error = failure
 
@@ -174,8 +183,14 @@ class Exchanger:
         return self._launch(run, error, plan.device)
 
     @untraced
-    def refuse(self, kind: str, error: Exception) -> NoReturn:
-        """Raise an error that no operator would carry to the peers, after telling them."""
+    def refuse(self, kind: str, error: Exception, lends: bool = False) -> NoReturn:
+        """Raise an error that no operator would carry to the peers, after telling them.
+
+        Args:
+            kind: of the exchange that they begin.
+            error: to be raised.
+            lends: as they call it.
+        """
         call = self._call(kind, self.spec, 0)
         self._launch(lambda: self.buffer.control.open(call, error=error), error)
         raise AssertionError("unreachable: opening an exchange with an error raises it")
@@ -313,12 +328,21 @@ class Exchanger:
             self.buffer.control.open(call, error=error)
         return functools.partial(self.buffer.control.begin, call, None, None)
 
-    def _call(self, kind: str, spec: ExchangeSpec, serial: int, num_chunks: int = 1, fp8: bool = False) -> Call:
-        key = (spec, num_chunks, fp8)
+    def _call(
+        self,
+        kind: str,
+        spec: ExchangeSpec,
+        serial: int,
+        num_chunks: int = 1,
+        fp8: bool = False,
+        lends: bool = False,
+    ) -> Call:
+        key = (spec, num_chunks, fp8, lends)
         known = self._digests.get(key)
         if known is None:
-            digest = (spec.digest() + 1_000_003 * self.number + 31 * num_chunks + fp8) & 0x7FFFFFFF
-            known = digest, f"dispatcher {self.number} of the Buffer, {spec.describe()}"
+            digest = (spec.digest() + 1_000_003 * self.number + 31 * num_chunks + fp8 + 2 * lends) & 0x7FFFFFFF
+            out = ', out="arena"' if lends else ""
+            known = digest, f"dispatcher {self.number} of the Buffer, {spec.describe()}{out}"
             self._digests[key] = known
         return Call(kind, known[0], serial, known[1])
 
@@ -333,6 +357,7 @@ class Exchanger:
 
         Work for a GPU is issued here in any case: on another thread it would not be ordered with the current stream.
         """
+        self.buffer.backend.lease.end()
         start = self.buffer.submit if self.overlap and device.type == "cpu" else self.buffer.run_job
         job = start(lambda: self._guarded(run))
         if error is not None:

@@ -18,6 +18,7 @@ from moe_ep.backends.cuda_exchange import CudaBackend, static_sizes
 from moe_ep.backends.cuda_jobs import CudaJob
 from moe_ep.backends.cuda_link import CudaLink
 from moe_ep.backends.cuda_outputs import received_words
+from moe_ep.backends.lease import LentJob
 from moe_ep.backends.types import Dispatch
 from moe_ep.buffer import Buffer
 from moe_ep.config import FP8_GROUP, ExchangeSpec
@@ -89,13 +90,14 @@ class CudaExchanger(Exchanger):
         self.raise_overflow()
         self.num_exchanges += 1
 
-    def refuse(self, kind: str, error: Exception) -> NoReturn:
-        """Raise an error that no operator would carry to the peers, after telling them."""
-        self._refuse(self._call(kind, self.spec, 0), error, self.spec)
+    def refuse(self, kind: str, error: Exception, lends: bool = False) -> NoReturn:
+        """Raise an error that no operator would carry to the peers, after telling them; arguments as in the base."""
+        self._refuse(self._call(kind, self.spec, 0), error, self.spec, lends)
 
-    def _refuse(self, call: Call, error: Exception, spec: ExchangeSpec) -> NoReturn:
+    def _refuse(self, call: Call, error: Exception, spec: ExchangeSpec, lends: bool = False) -> NoReturn:
         self._begin()
-        if self.backend.will_agree(*self._record(spec)) or self._will_agree(call, spec):
+        agrees = self.backend.will_agree(*self._record(spec)) or self._will_agree(call, spec)
+        if agrees or (lends and self._will_reserve(spec)):
             # Peers are about to agree on sizes, over the control plane.
             self.link.control.open(Call("reserve"), error=error)
         self.link.refuse(call, error)
@@ -105,6 +107,16 @@ class CudaExchanger(Exchanger):
         weight_words = 2 if spec.dtype == torch.float64 else 1
         meta_words = (2 + weight_words) * spec.top_k + -(-spec.hidden_size // FP8_GROUP)
         return spec.hidden_size * (WORD_BYTES if spec.wide_sums else spec.dtype.itemsize), meta_words
+
+    def _will_reserve(self, spec: ExchangeSpec) -> bool:
+        """Whether peers that begin a dispatch whose rows stay in the arena first reserve memory for them."""
+        fixed = spec.layout == "slab" or spec.capacity is not None
+        max_tokens = (spec.max_tokens_per_rank or self._first_tokens or 1) if fixed else 0
+        return self.link.must_grow(0, 0, 0, self.backend.direct_bytes(spec, max_tokens, self._direct_record(spec)))
+
+    def _direct_record(self, spec: ExchangeSpec) -> tuple[int, int]:
+        """As ``_record``, of what a dispatch carries at most."""
+        return spec.hidden_size * spec.dtype.itemsize, self._record(spec)[1]
 
     # Exchanges
 
@@ -146,13 +158,19 @@ class CudaExchanger(Exchanger):
             self.backend.max_tokens = max(self.backend.max_tokens, counts.sizes[2])
 
     def dispatch(  # type: ignore[override]
-        self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, planned: Counts | None
-    ) -> CudaJob[Dispatch]:
-        """Rows to the ranks of their experts."""
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        planned: Counts | None,
+        lends: bool = False,
+    ) -> Any:  # noqa: ANN401
+        """Rows to the ranks of their experts; with ``lends`` they stay in the arena, as far as they fit."""
         spec = self._spec_for(x)
-        call = self._call("dispatch", spec, 0, int(planned is None), isinstance(x, tuple))
+        call = self._call("dispatch", spec, 0, int(planned is None), isinstance(x, tuple), lends)
         try:
             rows, scales = self._check_arguments(x, topk_idx, topk_weights, spec)
+            self.link.lease.check("x", rows)
             if planned is not None and not isinstance(planned, Counts):
                 raise ValueError(f"planned is {type(planned).__name__}; pass one entry of what plan() returned")
             if planned is not None and planned.topk_idx.shape != topk_idx.shape:
@@ -163,9 +181,13 @@ class CudaExchanger(Exchanger):
             self._check_tokens(rows.shape[0], spec)
         # Whatever it is: peers wait for this rank.
         except Exception as error:
-            self._refuse(call, error, spec)
+            self._refuse(call, error, spec, lends)
         self._begin()
         max_tokens = self._prepare(rows.shape[0], spec)
+        if lends:
+            too_small = self.backend.ensure_direct(spec, max_tokens, self._direct_record(spec))
+            if too_small is not None:
+                self._refuse(call, too_small, spec, lends)
         job = self.backend.dispatch(
             rows,
             scales,
@@ -179,6 +201,7 @@ class CudaExchanger(Exchanger):
             planned=planned,
             num_sms=self.num_sms,
             beside=self.overlap or self.hooks.any("dispatch_launched"),
+            lends=lends,
         )
 
         def landed() -> Dispatch:
@@ -186,7 +209,8 @@ class CudaExchanger(Exchanger):
             self._listed = result.groups.counts
             return result
 
-        return self._checked(landed)
+        done: Any = self._checked(landed)
+        return LentJob(done, self.link.lease, lambda result: result.rows) if lends else done
 
     def _check_arguments(
         self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, spec: ExchangeSpec
@@ -215,6 +239,7 @@ class CudaExchanger(Exchanger):
         try:
             check_layout_rows("y", y, plan, spec)
             check_row_weights(row_weights, plan, spec)
+            self.link.lease.check("y", y)
         # Whatever it is: peers wait for this rank.
         except Exception as error:
             self._refuse(call, error, spec)

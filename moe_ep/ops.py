@@ -75,10 +75,12 @@ def are_transparent(*tensors: Tensor | None) -> bool:
 
 
 @untraced
-def run_dispatch(exchanger: Exchanger, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Dispatch:
-    """A whole dispatch, with its hooks."""
+def run_dispatch(
+    exchanger: Exchanger, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, lends: bool = False
+) -> Dispatch:
+    """A whole dispatch, with its hooks; ``lends`` as in ``Exchanger.dispatch``."""
     seq = exchanger.next_seq()
-    job = exchanger.dispatch(x, topk_idx, topk_weights, None)
+    job = exchanger.dispatch(x, topk_idx, topk_weights, None, lends)
     exchanger.fire("dispatch_launched", seq)
     result = job.result()
     exchanger.fire("dispatch_ready", seq)

@@ -30,6 +30,7 @@ class Dispatched:
         num_rows: rows of ``x`` (of all slabs together).
         overflow: bool 0-dim on the device, set when a capacity was exceeded; None without a capacity.
         handle: what ``combine`` needs.
+        in_arena: whether ``x`` lies where the next exchange writes; with ``out="arena"``, as far as it fits there.
     """
 
     x: Tensor
@@ -42,6 +43,7 @@ class Dispatched:
     num_rows: int
     overflow: Tensor | None
     handle: DispatchHandle
+    in_arena: bool = False
 
 
 class PendingDispatch:
@@ -67,7 +69,14 @@ class PendingDispatch:
             counts = host_list(result.groups.counts)
             spec = self._exchange.exchanger.spec
             self._result = dispatched(
-                rows, weights, result.tokens_per_expert, tensors, spec, scales=result.scales, listed=counts
+                rows,
+                weights,
+                result.tokens_per_expert,
+                tensors,
+                spec,
+                scales=result.scales,
+                listed=counts,
+                in_arena=result.in_arena,
             )
             # The payload now belongs to the caller alone.
             self._exchange.result = None
@@ -112,6 +121,7 @@ def dispatched_plainly(exchanger: Exchanger, result: Dispatch) -> Dispatched:
         num_rows=result.plan.num_rows,
         overflow=result.overflow,
         handle=DispatchHandle(result.plan),
+        in_arena=result.in_arena,
     )
 
 
@@ -124,6 +134,7 @@ def dispatched(
     *,
     scales: Tensor | None = None,
     listed: list[int] | None = None,
+    in_arena: bool = False,
 ) -> Dispatched:
     """What a dispatch returns to its caller, from what the operator returns.
 
@@ -135,6 +146,7 @@ def dispatched(
         spec: the settings.
         scales: of fp8 rows.
         listed: counts on the host, where they are known.
+        in_arena: whether rows lie where the next exchange writes.
     """
     expert_ends, overflow, topk_idx, *plan = tensors
     exact = spec.capacity is None and spec.layout != "slab"
@@ -149,4 +161,5 @@ def dispatched(
         num_rows=rows.shape[0] * rows.shape[1] if spec.layout == "slab" else rows.shape[0],
         overflow=None if spec.capacity is None else overflow,
         handle=DispatchHandle(tuple(plan)),
+        in_arena=in_arena,
     )

@@ -171,6 +171,37 @@ def _repeated_choices(topk_idx: Tensor) -> Tensor:
     return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
 
 
+def wrong_out(out: object, spec: ExchangeSpec, has_grad: bool, is_tracing: bool) -> ValueError | None:
+    """What is wrong with the place that rows of a dispatch are asked for in; None for nothing.
+
+    Args:
+        out: what was passed.
+        spec: the settings.
+        has_grad: whether autograd is on.
+        is_tracing: whether torch.compile is at work.
+    """
+    if out == "private":
+        return None
+    if out != "arena":
+        return ValueError(f'out={out!r} must be "private" or "arena"')
+    if has_grad:
+        return ValueError(
+            'out="arena" cannot be used in grad mode: the next exchange writes over rows that backward would read; '
+            'dispatch under torch.no_grad(), or use out="private"'
+        )
+    if spec.wire_dtype is not None:
+        return ValueError(
+            f'out="arena" cannot be used with wire_dtype={spec.wire_dtype}: rows are stored as they travel; pass rows '
+            'and scales in fp8, or use out="private"'
+        )
+    if is_tracing:
+        return ValueError(
+            'out="arena" cannot be used under torch.compile: graphs own what they make; use out="private", or dispatch '
+            "outside of the graph"
+        )
+    return None
+
+
 def check_layout_rows(
     name: str, y: object, plan: Plan | CudaPlan, spec: ExchangeSpec, *, contiguous: bool = True
 ) -> Tensor:

@@ -38,6 +38,35 @@ def test_group_holds_a_chunk_of_rows_and_words(row_bytes: int, meta_words: int) 
     assert group["num_bytes"] % REGION == 0
 
 
+DIRECT_SIZES = [(2, 0, 16, 0, 0), (3, 1, 48, 3, 5), (4, 1024, 14336, 24, 14770), (16, 16384, 32, 700, 1)]
+
+
+@pytest.mark.parametrize(("num_ranks", "num_groups", "row_bytes", "meta_words", "num_rows"), DIRECT_SIZES)
+def test_rows_that_stay_lie_behind_groups_without_rows(
+    num_ranks: int, num_groups: int, row_bytes: int, meta_words: int, num_rows: int
+) -> None:
+    record = {"row_bytes": row_bytes, "meta_words": meta_words}
+    dims = {"num_ranks": num_ranks, "num_groups": num_groups, **record, "num_rows": num_rows}
+    layout = _C.direct_layout(**dims)
+    of_source = num_groups * _C.group_layout(row_bytes=0, meta_words=meta_words)["num_bytes"]
+    assert layout["groups"] == [source * of_source for source in range(num_ranks)]
+    assert layout["rows"] == num_ranks * of_source
+    assert layout["rows"] % REGION == 0
+    used = layout["rows"] + num_rows * row_bytes
+    assert used <= layout["num_bytes"] < used + REGION
+    # Rings of all sources together are what it lies in.
+    enough = -(-layout["num_bytes"] // (num_ranks * REGION)) * REGION
+    assert _C.fits_directly(payload_bytes=enough, **dims)
+    assert enough == 0 or not _C.fits_directly(payload_bytes=enough - REGION, **dims)
+
+
+def test_rows_stay_only_where_every_group_has_a_flag() -> None:
+    dims = {"num_ranks": 2, "payload_bytes": 1 << 40, "row_bytes": 16, "meta_words": 0, "num_rows": 1}
+    most = _C.group_layout(row_bytes=0, meta_words=0)["max_ring_groups"]
+    assert _C.fits_directly(num_groups=most, **dims)
+    assert not _C.fits_directly(num_groups=most + 1, **dims)
+
+
 @pytest.mark.parametrize(("num_ranks", "num_experts"), [(1, 1), (2, 6), (4, 256), (16, 4096)])
 def test_table_has_room_for_every_part(num_ranks: int, num_experts: int) -> None:
     local = num_experts // num_ranks
@@ -50,6 +79,9 @@ def test_table_has_room_for_every_part(num_ranks: int, num_experts: int) -> None
         "keep_choices": num_experts,
         "overflow": 1,
         "rank_rows": num_ranks * num_ranks,
+        "most_tokens": 1,
+        "most_rows": 1,
+        "direct_rows": num_experts,
     }
     table = _C.table_layout(num_ranks=num_ranks, num_experts=num_experts)
     ends = {name: table[name] + size for name, size in sizes.items()}

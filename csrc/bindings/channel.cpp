@@ -39,6 +39,9 @@ py::dict table_layout(int num_ranks, int num_experts) {
     told["keep_choices"] = word(table.keep_choices);
     told["overflow"] = word(table.overflow);
     told["rank_rows"] = word(table.rank_rows);
+    told["most_tokens"] = word(table.most_tokens);
+    told["most_rows"] = word(table.most_rows);
+    told["direct_rows"] = word(table.direct_rows);
     told["num_words"] = PlanTable::num_words(num_ranks, num_experts);
     return told;
 }
@@ -49,6 +52,22 @@ int64_t arena_bytes(int num_ranks, int64_t payload_bytes) {
     check_argument(payload_bytes >= 0 && payload_bytes % kRegionAlignment == 0, "payload_bytes=", payload_bytes,
                    ": must be a multiple of ", kRegionAlignment);
     return ArenaLayout(nullptr, num_ranks, payload_bytes).num_bytes;
+}
+
+py::dict direct_layout(int num_ranks, int64_t num_groups, int64_t row_bytes, int64_t meta_words, int64_t num_rows) {
+    check_argument(num_ranks >= 1 && num_ranks <= kMaxNodeRanks, "num_ranks=", num_ranks, ": must be 1 to ",
+                   kMaxNodeRanks);
+    const RecordDims dims{row_bytes, meta_words};
+    const DirectLayout layout(nullptr, num_ranks, num_groups, dims, num_rows);
+    py::list groups;
+    for (int source = 0; source < num_ranks; ++source) {
+        groups.append(reinterpret_cast<uintptr_t>(layout.groups.from(source).ptr));
+    }
+    py::dict told;
+    told["groups"] = groups;
+    told["rows"] = reinterpret_cast<uintptr_t>(layout.rows.ptr);
+    told["num_bytes"] = layout.num_bytes;
+    return told;
 }
 
 py::dict group_layout(int64_t row_bytes, int64_t meta_words) {
@@ -120,6 +139,19 @@ void register_channel(py::module_& module) {
                "Bytes of one rank's arena whose rings hold payload_bytes per source.");
     module.def("group_layout", &group_layout, py::kw_only(), py::arg("row_bytes"), py::arg("meta_words"),
                "Offsets and size of one group of rows in a ring.");
+    module.def("direct_layout", &direct_layout, py::kw_only(), py::arg("num_ranks"), py::arg("num_groups"),
+               py::arg("row_bytes"), py::arg("meta_words"), py::arg("num_rows"),
+               "Offsets in the rings of all sources together, and size, of each source's groups and of the layout rows "
+               "of an exchange that stores rows where they stay.");
+    module.def(
+        "fits_directly",
+        [](int num_ranks, int64_t payload_bytes, int64_t num_groups, int64_t row_bytes, int64_t meta_words,
+           int64_t num_rows) {
+            return fits_directly(num_ranks, payload_bytes, num_groups, {row_bytes, meta_words}, num_rows);
+        },
+        py::kw_only(), py::arg("num_ranks"), py::arg("payload_bytes"), py::arg("num_groups"), py::arg("row_bytes"),
+        py::arg("meta_words"), py::arg("num_rows"),
+        "Whether rings of payload_bytes have room for such an exchange; num_rows of the rank with most.");
 #if MOE_EP_WITH_CUDA
     module.def("kernel_problem", &find_kernel_problem, py::arg("device"),
                "Why the kernels of this build do not run on a device, as CUDA says it; empty where they do.");

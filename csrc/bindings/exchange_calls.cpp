@@ -127,6 +127,12 @@ of topk_idx; told_tokens and told_ends int32 [e]; told_overflow one byte.)")
             "set_total",
             [](DispatchCall& call, uintptr_t received_total) { call.set_total(pointer<int64_t>(received_total)); },
             py::arg("received_total"), "Where a running count of received choices is kept: int64 [e].")
+        .def("count_direct", &DispatchCall::count_direct,
+             "Also count what rows need that are stored where they stay, by this call or by one with its counts.")
+        .def("lend", &DispatchCall::lend, py::arg("num_groups"),
+             "Rows may stay in the arena; num_groups of each source where that is known to fit, 0 where sizes decide.")
+        .def("is_direct", &DispatchCall::is_direct, py::arg("channel"), py::arg("max_tokens"), py::arg("most_rows"),
+             "Whether rows that may stay in the arena do, by the sizes that were told.")
         .def(
             "set_rows",
             [](DispatchCall& call, const RowSettings& settings, uintptr_t x, uintptr_t topk_weights, uintptr_t scales,
@@ -170,7 +176,8 @@ of topk_idx; told_tokens and told_ends int32 [e]; told_overflow one byte.)")
             "A whole dispatch whose output was set before; returns its end.")
         .def("wait_sizes", &DispatchCall::wait_sizes, py::arg("channel"), py::arg("seconds"),
              py::call_guard<py::gil_scoped_release>(),
-             "Waits for (rows, received rows, largest T); None when they did not come in time or the exchange failed.")
+             "Waits for (rows, received rows, largest T, most rows of any rank where that is counted); None when they "
+             "did not come in time or the exchange failed.")
         .def("host_counts", &DispatchCall::host_counts, py::arg("channel"),
              "Received choices of each local expert, once wait_sizes has returned; until later dispatches take its "
              "place.")

@@ -11,20 +11,33 @@
 
 // Senders walk this rank's chunks of tokens and store each row into the ring of every rank it goes to; placers walk the
 // groups of all sources, as they arrive, and copy each row to its layout rows. This rank's own rows skip the ring.
-// Senders that have nothing left to send place as well.
+// Senders that have nothing left to send place as well. On a direct route senders store each row where it stays, of
+// expanded rows the first copy on each rank, and placers see to what is left: further copies, and what came beside.
 namespace moe_ep {
 namespace {
 
 using namespace dispatch;
 
+// Warps that send and place rows, each with shared memory of its own.
+template <bool kBulk>
+constexpr int kRowWarps = kBulk ? device::kPipeWarps : kVectorWarps;
+
+// Warps without a pipe, for what comes beside compact rows that are where they stay: many groups are on their way, few
+// words of each, and all blocks send.
+template <bool kBulk, bool kLends>
+constexpr int kMetaWarps = kBulk && kLends ? 8 : 0;
+
+template <bool kBulk, bool kLends>
+constexpr int kBlockThreads = kWarpSize * (kRowWarps<kBulk> + kMetaWarps<kBulk, kLends>);
+
 // Shared memory leaves room for one block of pipes per SM anyway, so that registers need not be saved there.
-template <bool kBulk, class From>
-__global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * kWarpSize, kBulk ? 1 : 2)
+template <bool kBulk, class From, bool kLends>
+__global__ void __launch_bounds__(kBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
     dispatch_rows(const __grid_constant__ DispatchParams params) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     if constexpr (kBulk) return;
 #endif
-    constexpr int kWarps = kBulk ? device::kPipeWarps : kVectorWarps;
+    constexpr int kWarps = kRowWarps<kBulk>;
     extern __shared__ uint4 memory[];
     if (device::has_failed(params.link)) return;
     if (device::has_fault(params.link, Fault::kEarlyExit) && params.rows.num_tokens == 0) return;
@@ -40,8 +53,19 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
     const int64_t out_row_bytes =
         params.rows.row_bytes * (std::is_same_v<From, NoCast> ? 1 : static_cast<int64_t>(sizeof(From)));
     const PlanTable table(params.rows.table, params.link.num_ranks, params.rows.num_experts);
+    const Route<kLends> route(params, table);
+    const bool places = params.laps != Laps::kFirst;
+    const bool places_meta = places && route.is_direct() && params.layout == Layout::kCompact;
+    if constexpr (kMetaWarps<kBulk, kLends> > 0) {
+        if (warp >= kWarps) {
+            if (places_meta && *table.overflow == 0) place_meta(params, route);
+            return;
+        }
+    }
+    // Without placers, senders see to it when they have sent all.
+    const bool fills = places && (!sends || params.num_placers == 0);
     if (*table.overflow != 0) {
-        if (!sends) poison_rows(params, worker, out_row_bytes);
+        if (fills) poison_rows(params, worker, out_row_bytes);
         return;
     }
     if constexpr (kBulk) {
@@ -49,41 +73,43 @@ __global__ void __launch_bounds__((kBulk ? device::kPipeWarps : kVectorWarps) * 
         device::BulkPipe pipe(shared.stages, shared.barriers);
         if (threadIdx.x % kWarpSize == 0) pipe.init();
         __syncwarp();
-        if (sends) {
-            send_rows_bulk(params, shared, pipe, worker);
+        if (sends) send_rows_bulk(params, route, shared, pipe, worker);
+        if (fills) fill_padding(params, worker, out_row_bytes);
+        if (!places) return;
+        if (places_meta) {
+            place_meta(params, route);
         } else {
-            fill_padding(params, worker, out_row_bytes);
+            place_rows_bulk(params, route, shared, pipe);
         }
-        if (params.num_placers == 0) return;
-        place_rows_bulk(params, shared, pipe);
         // Stores read shared memory, which must outlive them.
         ptx::wait_bulk_stores<0>();
 #endif
     } else {
-        if (sends) {
-            send_rows<From>(params, worker);
+        if (sends) send_rows<From>(params, route, shared, worker);
+        if (fills) fill_padding(params, worker, out_row_bytes);
+        if (!places) return;
+        if (places_meta) {
+            place_meta(params, route);
         } else {
-            fill_padding(params, worker, out_row_bytes);
+            place_rows<From>(params, route, shared);
         }
-        if (params.num_placers > 0) place_rows<From>(params, shared);
     }
 }
 
-template <bool kBulk, class From>
+template <bool kBulk, class From, bool kLends>
 void launch(const DispatchParams& params, cudaStream_t stream) {
-    constexpr int kWarps = kBulk ? device::kPipeWarps : kVectorWarps;
-    const int64_t shared_bytes = kWarps * WarpShared(nullptr, kBulk, params.rows.top_k).num_bytes;
+    const int64_t shared_bytes = kRowWarps<kBulk> * WarpShared(nullptr, kBulk, params.rows.top_k).num_bytes;
     const int num_blocks = params.num_senders + params.num_placers;
-    dispatch_rows<kBulk, From><<<num_blocks, kWarps * kWarpSize, static_cast<size_t>(shared_bytes), stream>>>(params);
+    dispatch_rows<kBulk, From, kLends>
+        <<<num_blocks, kBlockThreads<kBulk, kLends>, static_cast<size_t>(shared_bytes), stream>>>(params);
     check_cuda(cudaGetLastError(), "dispatch_rows");
 }
 
 // Loads a kernel and allows it the shared memory of the largest K.
-template <bool kBulk, class From>
+template <bool kBulk, class From, bool kLends = false>
 void prepare() {
-    constexpr int kWarps = kBulk ? device::kPipeWarps : kVectorWarps;
-    const int64_t shared_bytes = kWarps * WarpShared(nullptr, kBulk, kMaxTopK).num_bytes;
-    check_cuda(cudaFuncSetAttribute(dispatch_rows<kBulk, From>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    const int64_t shared_bytes = kRowWarps<kBulk> * WarpShared(nullptr, kBulk, kMaxTopK).num_bytes;
+    check_cuda(cudaFuncSetAttribute(dispatch_rows<kBulk, From, kLends>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                "cudaFuncSetAttribute(dispatch_rows)");
 }
@@ -100,8 +126,12 @@ __global__ void drop_choices(Index* topk_idx, const int32_t* idx_in_expert, cons
 }  // namespace
 
 void prepare_dispatch(bool bulk) {
-    if (bulk) prepare<true, NoCast>();
+    if (bulk) {
+        prepare<true, NoCast>();
+        prepare<true, NoCast, true>();
+    }
     prepare<false, NoCast>();
+    prepare<false, NoCast, true>();
     prepare<false, __nv_bfloat16>();
     prepare<false, __half>();
     prepare<false, float>();
@@ -114,13 +144,16 @@ void launch_dispatch(const DispatchParams& params, bool bulk, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
     switch (params.cast) {
         case Cast::kNone:
-            return bulk ? launch<true, NoCast>(params, on) : launch<false, NoCast>(params, on);
+            if (params.lends) {
+                return bulk ? launch<true, NoCast, true>(params, on) : launch<false, NoCast, true>(params, on);
+            }
+            return bulk ? launch<true, NoCast, false>(params, on) : launch<false, NoCast, false>(params, on);
         case Cast::kFromBf16:
-            return launch<false, __nv_bfloat16>(params, on);
+            return launch<false, __nv_bfloat16, false>(params, on);
         case Cast::kFromHalf:
-            return launch<false, __half>(params, on);
+            return launch<false, __half, false>(params, on);
         case Cast::kFromFloat:
-            return launch<false, float>(params, on);
+            return launch<false, float, false>(params, on);
     }
 }
 

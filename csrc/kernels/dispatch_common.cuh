@@ -6,7 +6,7 @@
 #include "device/pipe.cuh"
 #include "kernels/exchange.h"
 
-// What both roles of a dispatch share: a warp's shared memory, and what travels beside the rows.
+// What both roles of a dispatch share: a warp's shared memory, where rows go, and what travels beside them.
 namespace moe_ep::dispatch {
 
 using device::kAllLanes;
@@ -22,7 +22,7 @@ struct NoCast {};
 struct WarpShared {
     std::byte* stages;    // of the pipe
     uint64_t* barriers;   // of the pipe
-    std::byte** targets;  // [kMaxNodeRanks] rows of the current group at each rank
+    std::byte** targets;  // [kChunkTokens][kMaxNodeRanks] where each row of the current chunk goes at each rank
     int32_t* positions;   // [kChunkTokens][max(K, 1)] layout rows of the current group
     int64_t num_bytes;
 
@@ -30,10 +30,59 @@ struct WarpShared {
         Cursor cursor(base);
         stages = cursor.take<std::byte>(bulk ? device::kPipeBytes : 0);
         barriers = cursor.take<uint64_t>(bulk ? device::kPipeStages : 0, alignof(uint64_t));
-        targets = cursor.take<std::byte*>(kMaxNodeRanks, alignof(std::byte*));
+        targets = cursor.take<std::byte*>(kChunkTokens * kMaxNodeRanks, alignof(std::byte*));
         positions = cursor.take<int32_t>(kChunkTokens * (top_k > 0 ? top_k : 1), alignof(int32_t));
         num_bytes = cursor.num_bytes();
     }
+
+    __device__ std::byte*& target(int idx, int rank) const { return targets[idx * kMaxNodeRanks + rank]; }
+};
+
+// Where the groups of an exchange lie in every arena, and how its rows come there: in their groups, which are read and
+// used again, or, in launches that may lend and where all of it fits, directly to the layout rows that they stay in.
+// The same on all ranks.
+template <bool kLends>
+class Route {
+public:
+    __device__ Route(const DispatchParams& params, const PlanTable& table)
+        : link_(params.link),
+          dims_{params.rows.row_bytes, params.rows.meta_words},
+          ring_groups_(num_ring_groups(params.link.payload_bytes, dims_)) {
+        if constexpr (!kLends) return;
+        num_direct_ = params.direct_groups;
+        if (num_direct_ == 0) {
+            num_direct_ = num_chunks(*table.most_tokens);
+            direct_ = fits_directly(link_.num_ranks, link_.payload_bytes, num_direct_, dims_, *table.most_rows);
+        } else {
+            direct_ = true;
+        }
+        // Nobody asks for places where no rank has tokens.
+        if (direct_) ring_groups_ = num_direct_ == 0 ? 1 : num_direct_;
+    }
+
+    __device__ bool is_direct() const { return kLends && direct_; }
+    // Groups of a source that have places of their own.
+    __device__ int64_t ring_groups() const { return ring_groups_; }
+
+    // The group that `source` sends to `owner`, in the owner's arena.
+    __device__ GroupLayout group(int owner, int source, int64_t slot) const {
+        if (!is_direct()) return device::group_at(link_, dims_, owner, source, slot);
+        return GroupLayout(direct_layout(owner).groups.from(source).row(slot), DirectLayout::group_dims(dims_));
+    }
+
+    // A layout row on a direct route.
+    __device__ std::byte* row(int owner, int64_t row) const { return direct_layout(owner).rows.row(row); }
+
+private:
+    __device__ DirectLayout direct_layout(int owner) const {
+        return DirectLayout(link_.arena(owner).payload.all.ptr, link_.num_ranks, num_direct_, dims_, 0);
+    }
+
+    const Link& link_;
+    const RecordDims dims_;
+    int64_t ring_groups_;
+    int64_t num_direct_ = 0;
+    bool direct_ = false;
 };
 
 // Words that travel with a token: ids, places among the expert's choices, weights, scales.

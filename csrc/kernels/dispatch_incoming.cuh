@@ -16,6 +16,8 @@ struct Incoming {
     int32_t source_first = 0;  // received row that `first` counts from
     int32_t first = 0;         // place of the group's first row
     uint32_t mask = 0;         // of the chunk's tokens that come here
+    uint32_t moved = 0;        // of those whose rows are moved here
+    bool has_first = false;    // whether the first of a row's copies is where it stays
     GroupLayout group{nullptr, RecordDims{}};
 
     __device__ bool has(int idx) const { return (mask >> idx & 1) != 0; }
@@ -80,14 +82,11 @@ struct PairAhead {
 
 // Hands a warp the groups of all sources in the order in which they are sent. All members but release are called by the
 // whole warp.
+template <class Route>
 class GroupWalk {
 public:
-    __device__ explicit GroupWalk(const DispatchParams& params)
-        : params_(params),
-          dims_{params.rows.row_bytes, params.rows.meta_words},
-          ring_groups_(num_ring_groups(params.link.payload_bytes, dims_)),
-          epoch_(params.link.state->epoch),
-          tickets_(params.link) {
+    __device__ GroupWalk(const DispatchParams& params, const Route& route)
+        : params_(params), route_(route), epoch_(params.link.state->epoch), tickets_(params.link) {
         const int lane = threadIdx.x % kWarpSize, num_ranks = params.link.num_ranks;
         const PlanTable table(params.rows.table, num_ranks, params.rows.num_experts);
         num_items_ = device::most_chunks(params.rows, table, num_ranks) * num_ranks;
@@ -108,17 +107,21 @@ public:
         }
         if (!incoming.own) {
             const Link& link = params_.link;
-            const int64_t slot = incoming.chunk % ring_groups_, lap = incoming.chunk / ring_groups_;
+            const int64_t slot = incoming.chunk % route_.ring_groups(), lap = incoming.chunk / route_.ring_groups();
             const bool came = wait ? device::wait_for_group(link, epoch_, incoming.source, slot, lap)
                                    : device::has_group(link, epoch_, incoming.source, slot, lap);
             if (!came) return false;
-            incoming.group = device::group_at(link, dims_, link.rank, incoming.source, slot);
+            incoming.group = route_.group(link.rank, incoming.source, slot);
         }
         if (!params_.with_plan) {
             pairs.ask(params_, incoming);
         } else {
             read_tokens(incoming, pairs);
         }
+        // Compact rows are all where they stay, this rank's own too; of others the choices tell which have more copies.
+        const bool stays = route_.is_direct() && (!incoming.own || params_.layout == Layout::kCompact);
+        incoming.has_first = stays;
+        incoming.moved = stays ? 0 : incoming.mask;
         return true;
     }
 
@@ -128,7 +131,8 @@ public:
     // After all reads of a group. Called by one thread.
     __device__ void release(const Incoming& incoming) const {
         if (incoming.own) return;
-        device::release_group(params_.link, epoch_, incoming.source, incoming.chunk, incoming.num_chunks, ring_groups_);
+        device::release_group(params_.link, epoch_, incoming.source, incoming.chunk, incoming.num_chunks,
+                              route_.ring_groups());
     }
 
 private:
@@ -166,8 +170,7 @@ private:
     }
 
     const DispatchParams& params_;
-    const RecordDims dims_;
-    const int64_t ring_groups_;
+    const Route& route_;
     const uint64_t epoch_;
     device::Tickets tickets_;
     int64_t num_items_;

@@ -68,6 +68,7 @@ struct Targets {
     const DispatchParams& params;
     const int32_t* positions;  // of the token's choices, in the warp's table
     int64_t received;
+    bool has_first;  // whether the row is there already at the first of them
 
     __device__ bool is_compact() const { return params.layout == Layout::kCompact; }
     template <class Visit>
@@ -76,11 +77,31 @@ struct Targets {
             visit(received);
             return;
         }
+        bool skips = has_first;
         for (int k = 0; k < params.rows.top_k; ++k) {
-            if (positions[k] >= 0) visit(static_cast<int64_t>(positions[k]));
+            if (positions[k] < 0) continue;
+            if (!skips) visit(static_cast<int64_t>(positions[k]));
+            skips = false;
         }
     }
+    __device__ int64_t first() const {
+        int k = 0;
+        while (positions[k] < 0) ++k;
+        return positions[k];
+    }
 };
+
+// Finds the tokens of a group whose rows have more copies here than the one that is where it stays. Called by a whole
+// warp.
+__device__ inline uint32_t find_further_copies(const DispatchParams& params, const Incoming& incoming,
+                                               const int32_t* positions) {
+    const int lane = threadIdx.x % kWarpSize;
+    int num_copies = 0;
+    if (lane < kChunkTokens && incoming.has(lane)) {
+        for (int k = 0; k < params.rows.top_k; ++k) num_copies += positions[lane * params.rows.top_k + k] >= 0;
+    }
+    return __ballot_sync(kAllLanes, num_copies > 1);
+}
 
 // Scales of a group's rows go to every layout row of their token. Called by a whole warp.
 __device__ inline void place_scales(const DispatchParams& params, const Incoming& incoming, const int32_t* positions) {
@@ -99,7 +120,7 @@ __device__ inline void place_scales(const DispatchParams& params, const Incoming
 #pragma unroll
         for (int idx = 0; idx < kChunkTokens; ++idx) {
             if (!incoming.has(idx)) continue;
-            const Targets targets{params, positions + idx * params.rows.top_k, incoming.row(idx)};
+            const Targets targets{params, positions + idx * params.rows.top_k, incoming.row(idx), false};
             targets.for_each([&](int64_t row) { params.out_scales[row * params.scale_words + word] = values[idx]; });
         }
     }
@@ -112,7 +133,9 @@ __device__ inline void place_row(const DispatchParams& params, const Incoming& i
     const int lane = threadIdx.x % kWarpSize;
     const int64_t row_bytes = params.rows.row_bytes, token = incoming.token(idx);
     if constexpr (std::is_same_v<From, NoCast>) {
-        const std::byte* source = incoming.own ? params.x + token * row_bytes : incoming.group.rows.row(idx);
+        const std::byte* source = incoming.has_first ? params.out + targets.first() * row_bytes
+                                  : incoming.own     ? params.x + token * row_bytes
+                                                     : incoming.group.rows.row(idx);
         const auto* from = reinterpret_cast<const uint4*>(source);
         constexpr int kUnroll = 4;
         for (int64_t first = lane; first < row_bytes / device::kVectorBytes; first += kUnroll * kWarpSize) {
@@ -155,9 +178,9 @@ __device__ inline void place_row(const DispatchParams& params, const Incoming& i
 
 // Walks the groups of all sources in the order in which they are sent, and places their rows by vector loads and
 // stores.
-template <class From>
-__device__ inline void place_rows(const DispatchParams& params, const WarpShared& shared) {
-    GroupWalk walk(params);
+template <class From, class Route>
+__device__ inline void place_rows(const DispatchParams& params, const Route& route, const WarpShared& shared) {
+    GroupWalk<Route> walk(params, route);
     Incoming incoming;
     PairAhead pairs;
     while (walk.receive(true, incoming, pairs)) {
@@ -167,13 +190,32 @@ __device__ inline void place_rows(const DispatchParams& params, const WarpShared
         __syncwarp();
         // Rows that were cast for the wire are placed without their scales.
         if constexpr (std::is_same_v<From, NoCast>) place_scales(params, incoming, shared.positions);
-        for (uint32_t left = incoming.mask; left != 0; left &= left - 1) {
+        if (incoming.has_first && params.layout != Layout::kCompact) {
+            incoming.moved = find_further_copies(params, incoming, shared.positions);
+        }
+        for (uint32_t left = incoming.moved; left != 0; left &= left - 1) {
             const int idx = __ffs(left) - 1;
-            place_row<From>(params, incoming, idx,
-                            {params, shared.positions + idx * params.rows.top_k, incoming.row(idx)});
+            place_row<From>(
+                params, incoming, idx,
+                {params, shared.positions + idx * params.rows.top_k, incoming.row(idx), incoming.has_first});
         }
         __syncwarp();
         if (threadIdx.x % kWarpSize == 0) walk.release(incoming);
+    }
+}
+
+// Walks the groups of compact rows that are all where they stay, and places what came beside them.
+template <class Route>
+__device__ inline void place_meta(const DispatchParams& params, const Route& route) {
+    GroupWalk<Route> walk(params, route);
+    Incoming incoming;
+    PairAhead pairs;
+    while (walk.receive(true, incoming, pairs)) {
+        walk.ask_next();
+        note_group(params, incoming);
+        // No layout rows are asked for, so that there is no table of them.
+        place_choices(params, incoming, pairs, nullptr);
+        place_scales(params, incoming, nullptr);
     }
 }
 

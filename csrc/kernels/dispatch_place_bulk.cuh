@@ -16,7 +16,7 @@ struct PieceCursor {
     uint32_t past = 0;  // bit i: all pieces of token i are behind
     int piece = 0;      // of the first token that is left
 
-    __device__ uint32_t left(const Incoming& incoming) const { return incoming.mask & ~past; }
+    __device__ uint32_t left(const Incoming& incoming) const { return incoming.moved & ~past; }
 };
 
 // Moves rows of groups through a warp's pipe, in order. All members are called by its first lane.
@@ -33,7 +33,9 @@ public:
             const uint32_t left = cursor.left(incoming);
             if (left == 0) return true;
             const int idx = __ffs(left) - 1;
-            pipe_.load(rows + idx * pieces_.row_bytes + pieces_.offset(cursor.piece), pieces_.bytes(cursor.piece));
+            const std::byte* row = incoming.has_first ? params_.out + targets(incoming, idx).first() * pieces_.row_bytes
+                                                      : rows + idx * pieces_.row_bytes;
+            pipe_.load(row + pieces_.offset(cursor.piece), pieces_.bytes(cursor.piece));
             advance(cursor, idx);
         }
         return cursor.left(incoming) == 0;
@@ -45,8 +47,7 @@ public:
         if (left == 0) return false;
         const int idx = __ffs(left) - 1;
         const std::byte* stage = pipe_.front();
-        const Targets targets{params_, positions_ + idx * params_.rows.top_k, incoming.row(idx)};
-        targets.for_each([&](int64_t row) {
+        targets(incoming, idx).for_each([&](int64_t row) {
             ptx::bulk_store(params_.out + row * pieces_.row_bytes + pieces_.offset(cursor.piece), stage,
                             pieces_.bytes(cursor.piece));
         });
@@ -56,6 +57,9 @@ public:
     }
 
 private:
+    __device__ Targets targets(const Incoming& incoming, int idx) const {
+        return {params_, positions_ + idx * params_.rows.top_k, incoming.row(idx), incoming.has_first};
+    }
     __device__ void advance(PieceCursor& cursor, int idx) const {
         if (++cursor.piece < pieces_.num_pieces) return;
         cursor.piece = 0;
@@ -71,9 +75,11 @@ private:
 // Walks the groups of all sources in the order in which they are sent, and places their rows. A group whose turn has
 // not come is only looked for: a warp waits for none while it holds one that it has not released, which peers may wait
 // for.
-__device__ inline void place_rows_bulk(const DispatchParams& params, const WarpShared& shared, device::BulkPipe& pipe) {
+template <class Route>
+__device__ inline void place_rows_bulk(const DispatchParams& params, const Route& route, const WarpShared& shared,
+                                       device::BulkPipe& pipe) {
     const int lane = threadIdx.x % kWarpSize;
-    GroupWalk walk(params);
+    GroupWalk<Route> walk(params, route);
     RowMover mover(params, shared.positions, pipe);
     Incoming next;
     PieceCursor loaded;  // of the next group
@@ -83,11 +89,13 @@ __device__ inline void place_rows_bulk(const DispatchParams& params, const WarpS
         if (!came && !walk.receive(true, next, pairs)) return;
         // Rows that were acquired through a flag are read by the copy engine.
         ptx::fence_proxy_async_global();
-        const Incoming incoming = next;
+        Incoming incoming = next;
         walk.ask_next();
         note_group(params, incoming);
         place_choices(params, incoming, pairs, shared.positions);
         __syncwarp();
+        // Loading such rows begins with their group's turn: where they are was not known before.
+        if (incoming.has_first) incoming.moved = find_further_copies(params, incoming, shared.positions);
         PieceCursor stored;
         if (lane == 0) {
             while (!mover.load(incoming, loaded)) mover.store(incoming, stored);

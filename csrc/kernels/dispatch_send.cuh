@@ -25,6 +25,68 @@ struct ChoiceAhead {
     }
 };
 
+// Finds where the rows of a chunk go at each rank: into the group or, on a direct route, to the layout row of the
+// token's first choice there. All members are called by a whole warp.
+template <class Route>
+class Aim {
+public:
+    __device__ Aim(const DispatchParams& params, const Route& route, const WarpShared& shared)
+        : params_(params),
+          route_(route),
+          shared_(shared),
+          table_(params.rows.table, params.link.num_ranks, params.rows.num_experts) {
+        const int lane = threadIdx.x % kWarpSize, rank = params.link.rank, num_ranks = params.link.num_ranks;
+        if (!sends_own() || rank == 0 || lane >= num_ranks) return;
+        rows_before_ = table_.rank_rows[(rank - 1) * num_ranks + lane];
+    }
+
+    // Whether this rank's own rows are sent as well: compact ones need not be moved again.
+    __device__ bool sends_own() const { return route_.is_direct() && params_.layout == Layout::kCompact; }
+
+    __device__ void at(int peer, const GroupLayout& group, int64_t chunk, device::ChunkPart part,
+                       const ChoiceAhead& ahead) const {
+        const int lane = threadIdx.x % kWarpSize;
+        if (!route_.is_direct()) {
+            if (lane < kChunkTokens) shared_.target(lane, peer) = group.rows.row(lane);
+        } else if (params_.layout == Layout::kCompact) {
+            const int64_t first = __shfl_sync(kAllLanes, rows_before_, peer) + part.first;
+            if (lane < kChunkTokens) {
+                shared_.target(lane, peer) = route_.row(peer, first + __popc(part.mask & ((1u << lane) - 1)));
+            }
+        } else {
+            aim_at_first_choices(peer, chunk, part, ahead);
+        }
+    }
+
+private:
+    __device__ void aim_at_first_choices(int peer, int64_t chunk, device::ChunkPart part,
+                                         const ChoiceAhead& ahead) const {
+        const int lane = threadIdx.x % kWarpSize, top_k = params_.rows.top_k;
+        const int local = params_.rows.num_experts / params_.link.num_ranks, num_pairs = kChunkTokens * top_k;
+        uint32_t found = 0;  // bit i: of token i, among the pairs before
+        for (int begin = 0; begin < num_pairs; begin += kWarpSize) {
+            const int pair = begin + lane, idx = pair / top_k;
+            const int64_t choice = chunk * kChunkTokens * top_k + pair;
+            const bool known = begin == 0, in_range = pair < num_pairs && (part.mask >> idx & 1) != 0;
+            const int expert = !in_range ? -1 : known ? ahead.expert : load_expert(params_, choice);
+            const bool chosen = expert >= peer * local && expert < (peer + 1) * local;
+            const int first_lane = max(idx * top_k - begin, 0);
+            const uint32_t before = __ballot_sync(kAllLanes, chosen) & ptx::lanes_below();
+            if (chosen && before >> first_lane == 0 && (found >> idx & 1) == 0) {
+                const int32_t place = known ? ahead.place : params_.idx_in_expert[choice];
+                shared_.target(idx, peer) = route_.row(peer, table_.direct_rows[expert] + place);
+            }
+            found |= __reduce_or_sync(kAllLanes, chosen ? 1u << idx : 0u);
+        }
+    }
+
+    const DispatchParams& params_;
+    const Route& route_;
+    const WarpShared& shared_;
+    const PlanTable table_;
+    int32_t rows_before_ = 0;  // of earlier sources, at the rank that the lane is number of
+};
+
 // Stores what travels beside the rows of one chunk to one rank. Called by a whole warp.
 __device__ inline void send_meta(const DispatchParams& params, const GroupLayout& group, int64_t chunk, int peer,
                                  device::ChunkPart part, const ChoiceAhead& ahead) {
@@ -132,15 +194,16 @@ struct PendingFlags {
 };
 
 // Sends the rows of this warp's chunks through its pipe; loads run ahead of chunks.
-__device__ inline void send_rows_bulk(const DispatchParams& params, const WarpShared& shared, device::BulkPipe& pipe,
-                                      Worker worker) {
+template <class Route>
+__device__ inline void send_rows_bulk(const DispatchParams& params, const Route& route, const WarpShared& shared,
+                                      device::BulkPipe& pipe, Worker worker) {
     const Link& link = params.link;
-    const RecordDims dims{params.rows.row_bytes, params.rows.meta_words};
-    const int64_t ring_groups = num_ring_groups(link.payload_bytes, dims);
+    const int64_t ring_groups = route.ring_groups();
     const SentChunks sent_chunks(params, ring_groups);
     const uint64_t epoch = link.state->epoch;
     const int lane = threadIdx.x % kWarpSize;
-    const uint32_t peers = ~(1u << link.rank);
+    const Aim<Route> aim(params, route, shared);
+    const uint32_t peers = aim.sends_own() ? ~0u : ~(1u << link.rank);
     const Pieces pieces(params.rows.row_bytes);
     const int64_t first = sent_chunks.begin + worker.first;
     SendCursor load(params.rows, peers, first, sent_chunks.end, worker.stride, pieces), store = load;
@@ -164,13 +227,12 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
         }
         const device::ChunkPart part = places.get(chunk);
         for (int peer = 0; peer < link.num_ranks; ++peer) {
-            if (peer == link.rank) continue;
-            const GroupLayout group =
-                device::group_at(link, dims, peer, link.rank, device::sent_slot(link, slot, ring_groups));
+            if (peer == link.rank && !aim.sends_own()) continue;
+            const GroupLayout group = route.group(peer, link.rank, device::sent_slot(link, slot, ring_groups));
             const device::ChunkPart sent{__shfl_sync(kAllLanes, part.mask, peer),
                                          __shfl_sync(kAllLanes, part.first, peer)};
-            if (lane == 0) shared.targets[peer] = group.rows.ptr;
-            send_meta(params, group, chunk, peer, sent, choices);
+            aim.at(peer, group, chunk, sent, choices);
+            if (peer != link.rank) send_meta(params, group, chunk, peer, sent, choices);
         }
         places.ask(chunk + worker.stride, sent_chunks.end);
         choices.ask(params, chunk + worker.stride, sent_chunks.end);
@@ -186,10 +248,11 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
                     load.advance();
                 }
                 const std::byte* stage = pipe.front();
-                const int64_t offset = store.idx_in_chunk() * pieces.row_bytes + pieces.offset(store.piece());
+                const int64_t offset = pieces.offset(store.piece());
                 const bool skipped = device::has_fault(link, Fault::kSkippedRow) && store.idx_in_chunk() == 0;
                 for (uint32_t left = skipped ? 0 : store.ranks(); left != 0; left &= left - 1) {
-                    ptx::bulk_store(shared.targets[__ffs(left) - 1] + offset, stage, pieces.bytes(store.piece()));
+                    ptx::bulk_store(shared.target(store.idx_in_chunk(), __ffs(left) - 1) + offset, stage,
+                                    pieces.bytes(store.piece()));
                 }
                 pipe.pop();
                 pending.count_piece(link, epoch, ring_groups);
@@ -213,11 +276,13 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const WarpSh
 #endif
 
 // Sends the rows of this warp's chunks by vector loads and stores, cast to fp8 where asked for.
-template <class From>
-__device__ inline void send_rows(const DispatchParams& params, Worker worker) {
+template <class From, class Route>
+__device__ inline void send_rows(const DispatchParams& params, const Route& route, const WarpShared& shared,
+                                 Worker worker) {
     const Link& link = params.link;
-    const RecordDims dims{params.rows.row_bytes, params.rows.meta_words};
-    const int64_t ring_groups = num_ring_groups(link.payload_bytes, dims);
+    const int64_t row_bytes = params.rows.row_bytes, ring_groups = route.ring_groups();
+    const Aim<Route> aim(params, route, shared);
+    const uint32_t peers = aim.sends_own() ? ~0u : ~(1u << link.rank);
     const SentChunks sent_chunks(params, ring_groups);
     const uint64_t epoch = link.state->epoch;
     for (int64_t chunk = sent_chunks.begin + worker.first; chunk < sent_chunks.end; chunk += worker.stride) {
@@ -229,31 +294,34 @@ __device__ inline void send_rows(const DispatchParams& params, Worker worker) {
         for (int peer = 0; peer < link.num_ranks; ++peer) {
             const device::ChunkPart sent{__shfl_sync(kAllLanes, part.mask, peer),
                                          __shfl_sync(kAllLanes, part.first, peer)};
-            if (peer == link.rank) continue;
-            send_meta(params, device::group_at(link, dims, peer, link.rank, slot), chunk, peer, sent, choices);
+            if (peer == link.rank && !aim.sends_own()) continue;
+            const GroupLayout group = route.group(peer, link.rank, slot);
+            aim.at(peer, group, chunk, sent, choices);
+            if (peer != link.rank) send_meta(params, group, chunk, peer, sent, choices);
         }
+        __syncwarp();
         for (int idx = 0; idx < kChunkTokens; ++idx) {
             const int64_t token = chunk * kChunkTokens + idx;
             if (token >= params.rows.num_tokens) break;
-            const uint32_t ranks = params.rows.token_ranks[token] & ~(1u << link.rank);
+            const uint32_t ranks = params.rows.token_ranks[token] & peers;
             if (ranks == 0) continue;
-            const auto nth_group = [&](int which) {
+            const auto nth_rank = [&](int which) {
                 uint32_t left = ranks;
                 for (; which > 0; --which) left &= left - 1;
-                return device::group_at(link, dims, __ffs(left) - 1, link.rank, slot);
+                return __ffs(left) - 1;
             };
             const int num_targets = __popc(ranks);
             if constexpr (std::is_same_v<From, NoCast>) {
-                device::copy_row(params.x + token * dims.row_bytes, dims.row_bytes, num_targets, false,
-                                 [&](int which) { return nth_group(which).rows.row(idx); });
+                device::copy_row(params.x + token * row_bytes, row_bytes, num_targets, false,
+                                 [&](int which) { return shared.target(idx, nth_rank(which)); });
             } else {
                 const MetaLayout meta(params);
-                const std::byte* source = params.x + token * dims.row_bytes * static_cast<int64_t>(sizeof(From));
-                device::cast_row<From>(source, dims.row_bytes, [&](int64_t vector, uint64_t bytes, float scale) {
+                const std::byte* source = params.x + token * row_bytes * static_cast<int64_t>(sizeof(From));
+                device::cast_row<From>(source, row_bytes, [&](int64_t vector, uint64_t bytes, float scale) {
                     constexpr int kCount = device::ElementsOf<From>::kCount;
                     const int64_t element = vector * kCount;
                     for (int which = 0; which < num_targets; ++which) {
-                        const GroupLayout group = nth_group(which);
+                        const GroupLayout group = route.group(nth_rank(which), link.rank, slot);
                         std::byte* row = group.rows.row(idx) + element;
                         if constexpr (kCount == 8) {
                             *reinterpret_cast<uint64_t*>(row) = bytes;

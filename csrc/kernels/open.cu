@@ -194,6 +194,49 @@ __device__ void write_rank_rows(const OpenParams& params, const ArenaLayout& own
     }
 }
 
+// For every expert, the layout row of this rank's first choice, on the expert's rank; by the arithmetic of
+// lay_out_groups. `counts` holds [E] choices of all ranks, and is used up. Returns on all threads the layout rows of
+// the rank with most.
+__device__ int32_t write_direct_rows(const OpenParams& params, const ArenaLayout& own, uint64_t epoch,
+                                     const PlanTable& table, int32_t* counts) {
+    __shared__ int32_t most;
+    const int num_ranks = params.link.num_ranks, local = params.num_experts / num_ranks;
+    if (threadIdx.x == 0) most = 0;
+    if (params.layout == Layout::kCompact) {
+        __syncthreads();
+        if (threadIdx.x < num_ranks) atomicMax(&most, table.rank_rows[(num_ranks - 1) * num_ranks + threadIdx.x]);
+        __syncthreads();
+        return most;
+    }
+    const auto fixed = static_cast<int32_t>(params.capacity.per_expert);
+    int32_t total = fixed * local;
+    if (fixed == 0) {
+        for (int expert = threadIdx.x; expert < params.num_experts; expert += kThreads) {
+            counts[expert] = (counts[expert] + params.alignment - 1) / params.alignment * params.alignment;
+        }
+        __syncthreads();
+        total = exclusive_sums(counts, params.num_experts);
+        if (threadIdx.x < num_ranks) {
+            const int rank = static_cast<int>(threadIdx.x);
+            const int32_t end = rank + 1 < num_ranks ? counts[(rank + 1) * local] : total;
+            atomicMax(&most, end - counts[rank * local]);
+        }
+        __syncthreads();
+        total = most;
+    }
+    for (int expert = threadIdx.x; expert < params.num_experts; expert += kThreads) {
+        const int first = expert / local * local;
+        int32_t row = fixed > 0 ? (expert - first) * fixed : counts[expert] - counts[first];
+#pragma unroll 4
+        for (int source = 0; source < params.link.rank; ++source) {
+            row += OpeningWords{own.opening_from(source, epoch), params.num_experts}.choices(expert);
+        }
+        table.direct_rows[expert] = row;
+    }
+    __syncthreads();
+    return total;
+}
+
 // Lays out this rank's groups; returns the number of layout rows on all threads.
 __device__ int32_t lay_out_groups(const OpenParams& params, const ArenaLayout& own, uint64_t epoch,
                                   const PlanTable& table, int32_t* starts) {
@@ -246,6 +289,7 @@ __device__ void plan_dispatch(const OpenParams& params, uint64_t epoch, int32_t*
     write_kept(params, own, epoch, shared_counts, table);
     write_rank_rows(params, own, epoch, table);
     __syncthreads();
+    const int32_t most_rows = params.direct == 0 ? 0 : write_direct_rows(params, own, epoch, table, shared_counts);
     const bool poisoned = need.rank >= 0 && params.capacity.drop == 0;
     const int32_t num_rows = lay_out_groups(params, own, epoch, table, shared_counts);
     if (threadIdx.x >= kWarpSize) return;
@@ -261,6 +305,8 @@ __device__ void plan_dispatch(const OpenParams& params, uint64_t epoch, int32_t*
     if (lane < link.num_ranks) table.source_rows[lane + 1] = received;
     if (lane == 0) table.source_rows[0] = 0;
     if (lane != link.num_ranks - 1) return;
+    *table.most_tokens = most;
+    *table.most_rows = most_rows;
     *table.overflow = poisoned;
     *params.told_overflow = poisoned;
     if (poisoned) {
@@ -276,6 +322,7 @@ __device__ void plan_dispatch(const OpenParams& params, uint64_t epoch, int32_t*
     sizes->num_rows = params.layout == Layout::kCompact ? received : num_rows;
     sizes->num_received = received;
     sizes->max_tokens = most;
+    sizes->most_rows = most_rows;
     __threadfence_system();
 }
 

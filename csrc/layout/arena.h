@@ -79,6 +79,35 @@ MOE_EP_HOST_DEVICE int64_t num_ring_groups(int64_t payload_bytes, const RecordDi
     return groups < kMaxRingGroups ? groups : kMaxRingGroups;
 }
 
+// How an exchange uses the payload of all sources together when rows are stored where they stay: groups of metadata
+// from each source, every chunk of the rank with most tokens in a place of its own, and behind them this rank's rows.
+struct DirectLayout {
+    AsymBuffer<std::byte> groups;  // [R][num_groups] groups without rows
+    Buffer<std::byte> rows;        // [num_rows][row_bytes] layout rows
+    int64_t num_bytes;
+
+    // `dims`: of rows and words as they would travel in a ring.
+    MOE_EP_HOST_DEVICE DirectLayout(void* base, int num_ranks, int64_t num_groups, const RecordDims& dims,
+                                    int64_t num_rows)
+        : DirectLayout(Cursor(base), num_ranks, num_groups, dims, num_rows) {}
+
+    MOE_EP_HOST_DEVICE static RecordDims group_dims(const RecordDims& dims) { return {0, dims.meta_words}; }
+
+private:
+    MOE_EP_HOST_DEVICE DirectLayout(Cursor cursor, int num_ranks, int64_t num_groups, const RecordDims& dims,
+                                    int64_t num_rows)
+        : groups(cursor, num_ranks, num_groups, GroupLayout(nullptr, group_dims(dims)).num_bytes),
+          rows(cursor, num_rows, dims.row_bytes),
+          num_bytes(cursor.num_bytes()) {}
+};
+
+// Whether the rows of an exchange can be stored where they stay. `num_rows`: layout rows of the rank with most.
+MOE_EP_HOST_DEVICE bool fits_directly(int num_ranks, int64_t payload_bytes, int64_t num_groups, const RecordDims& dims,
+                                      int64_t num_rows) {
+    return num_groups <= kMaxRingGroups &&
+           DirectLayout(nullptr, num_ranks, num_groups, dims, num_rows).num_bytes <= num_ranks * payload_bytes;
+}
+
 MOE_EP_HOST_DEVICE int64_t num_chunks(int64_t num_tokens) {
     return (num_tokens + kChunkTokens - 1) / kChunkTokens;
 }

@@ -33,6 +33,7 @@ struct SizeWords {
     int64_t num_rows;      // layout rows
     int64_t num_received;  // rows as they arrive, one per token and source
     int64_t max_tokens;    // largest T of any rank
+    int64_t most_rows;     // layout rows of the rank with most, where that was asked for
     int64_t ticket;
 };
 
@@ -81,6 +82,9 @@ struct PlanTable {
     int32_t* keep_choices;       // [E] of this rank's choices of each expert, how many stay when others are dropped
     int32_t* overflow;           // [1] whether outputs are to be poisoned
     int32_t* rank_rows;          // [R][R] rows that each rank receives from sources up to and with each, [source][rank]
+    int32_t* most_tokens;        // [1] largest T of any rank
+    int32_t* most_rows;          // [1] layout rows of the rank with most; this and the next only where asked for
+    int32_t* direct_rows;        // [E] layout row, on its rank, of this rank's first choice of each expert
 
     // Carves a table out of `num_words` int32 words.
     MOE_EP_HOST_DEVICE PlanTable(int32_t* words, int num_ranks, int num_experts) {
@@ -93,10 +97,13 @@ struct PlanTable {
         keep_choices = expert_ends + local;
         overflow = keep_choices + num_experts;
         rank_rows = overflow + 1;
+        most_tokens = rank_rows + num_ranks * num_ranks;
+        most_rows = most_tokens + 1;
+        direct_rows = most_rows + 1;
     }
     MOE_EP_HOST_DEVICE static int64_t num_words(int num_ranks, int num_experts) {
         const int64_t ranks = num_ranks, local = num_experts / num_ranks;
-        return ranks + (ranks + 1) + ranks * local + 2 * local + num_experts + 1 + ranks * ranks;
+        return ranks + (ranks + 1) + ranks * local + 2 * local + num_experts + 1 + ranks * ranks + 2 + num_experts;
     }
 };
 
@@ -165,6 +172,7 @@ struct OpenParams {
     int32_t alignment;
     Layout layout;
     CapacityRule capacity;
+    int32_t direct;           // whether it is told where rows of this rank come to lie at all others
     int32_t* table;           // PlanTable
     int32_t* told_tokens;     // [e] as tokens_per_expert of the table, for the caller
     int32_t* told_ends;       // [e] as expert_ends
@@ -194,7 +202,8 @@ struct RowParams {
     int64_t num_tokens;           // T
 };
 
-// Which laps round the rings a launch sends: the first one needs no room to be made by peers, and so never waits.
+// Which laps round the rings a launch sends: the first one needs no room to be made by peers, and so never waits. That
+// launch places nothing.
 enum class Laps : int32_t { kAll = 0, kFirst = 1, kLater = 2 };
 
 enum class Cast : int32_t { kNone = 0, kFromBf16 = 1, kFromHalf = 2, kFromFloat = 3 };
@@ -205,7 +214,9 @@ struct DispatchParams {
     int32_t num_senders;  // blocks that send; they come first
     int32_t num_placers;  // blocks that place
     Laps laps;
-    int32_t with_plan;  // metadata travels and the plan is written; otherwise it is replayed
+    int32_t with_plan;      // metadata travels and the plan is written; otherwise it is replayed
+    int32_t lends;          // whether rows of a new plan may be stored where they stay, in the arena of their rank
+    int64_t direct_groups;  // groups of each source then, where they are known to fit; 0 where that follows from sizes
     Layout layout;
     Cast cast;  // to fp8 for the wire, and back
     // Sending

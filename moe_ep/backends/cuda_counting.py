@@ -122,7 +122,7 @@ class Counts:
         overflow: bool 0-dim.
         call: the extension's half.
         told: int32 [E] choices as the caller counts them, or None.
-        sizes: (layout rows, received rows, largest T), once the host knows them.
+        sizes: (layout rows, received rows, largest T, most layout rows of any rank), once the host knows them.
         host_counts: [e] received choices of each local expert, once the host knows them.
     """
 
@@ -133,7 +133,7 @@ class Counts:
     overflow: Tensor
     call: Any
     told: Tensor | None = None
-    sizes: tuple[int, int, int] | None = None
+    sizes: tuple[int, int, int, int] | None = None
     host_counts: list[int] | None = None
 
 

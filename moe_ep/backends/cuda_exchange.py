@@ -7,6 +7,7 @@ torch backend; sums differ by rounding alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
 from moe_ep.backends.cuda_counting import WORD_BYTES, Counts, choices_of_mask, get_ready
+from moe_ep.backends.cuda_direct import DirectRows, Record
 from moe_ep.backends.cuda_jobs import Launch
 from moe_ep.backends.cuda_link import CudaLink, aligned, pointer
-from moe_ep.backends.cuda_outputs import Outputs, outputs_of
+from moe_ep.backends.cuda_outputs import Outputs, max_chunks, outputs_of
 from moe_ep.backends.cuda_placing import Placing
+from moe_ep.backends.lease import Lease
 from moe_ep.backends.types import Dispatch
 from moe_ep.config import FP8_GROUP, ExchangeSpec
 from moe_ep.handle import LAYOUT_CODES, CudaPlan
@@ -52,6 +55,7 @@ class CudaBackend:
     def __init__(self, control: ControlPlane, granted_bytes: int, bulk: bool | None = None) -> None:
         self.control = control
         self.link = CudaLink(control, granted_bytes)
+        self.direct = DirectRows(self.link)
         self.bulk = self.link.compute_capability >= _HOPPER if bulk is None else bulk
         self.max_tokens = 0
         self.reserved_tokens = 0
@@ -63,6 +67,11 @@ class CudaBackend:
     def memory_bytes(self) -> int:
         """Bytes of the arena."""
         return self.link.memory_bytes
+
+    @property
+    def lease(self) -> Lease:
+        """What callers hold of the arena."""
+        return self.link.lease
 
     def make_runtime(self, ranks_per_node: int) -> Any:
         """The bound object that ``Buffer.runtime`` is."""
@@ -80,6 +89,7 @@ class CudaBackend:
         self.link.reset()
         # Ranks that failed have not launched the same dispatches; the incarnation tells plans apart.
         self._serial = 0
+        self.direct.forget()
 
     # Sizes
 
@@ -109,6 +119,40 @@ class CudaBackend:
         if not self.link.fits(row_bytes, meta_words):
             return True
         return self.max_tokens > self.reserved_tokens and self.link.must_grow(self.max_tokens, row_bytes, meta_words)
+
+    def direct_bytes(self, spec: ExchangeSpec, max_tokens: int, record: Record) -> int:
+        """Memory of all rings together that a dispatch whose rows stay in the arena is going to take.
+
+        Args:
+            spec: the settings.
+            max_tokens: largest T of any rank where outputs have a fixed size, else 0.
+            record: of the dispatch, as it travels at most.
+        """
+        static_rows = static_sizes(spec, max_tokens)[0] if max_tokens else 0
+        return self.direct.num_bytes(
+            spec, max_tokens or max(self.max_tokens, self.reserved_tokens), record, static_rows
+        )
+
+    def ensure_direct(self, spec: ExchangeSpec, max_tokens: int, record: Record) -> ValueError | None:
+        """Reserve memory for rows that stay in the arena, where there is no grant. Collective when it does anything.
+
+        Arguments as in :meth:`direct_bytes`.
+
+        Returns:
+            What to raise, on all ranks, for rows of a fixed number that a grant has no room for.
+        """
+        if self.control.size == 1:
+            return None
+        needed = self.direct_bytes(spec, max_tokens, record)
+        self.link.reserve(0, 0, 0, needed)
+        if not max_tokens or self.direct.fits(max_tokens, record, static_sizes(spec, max_tokens)[0]):
+            return None
+        if not needed:
+            return ValueError(f'out="arena" cannot be used with {max_tokens} tokens per rank: use out="private"')
+        return ValueError(
+            f'out="arena" needs {needed} bytes for these sizes, num_nvl_bytes={self.link.granted_bytes} grants less: '
+            f'grant at least {needed + self.control.size * 128}, or 0 to reserve at first use, or use out="private"'
+        )
 
     def num_laps(self, max_tokens: int, record: tuple[int, int]) -> int:
         """How often an exchange goes round the rings.
@@ -155,6 +199,8 @@ class CudaBackend:
             totals: int64 [e], running count of received choices.
         """
         counts = self._count(topk_idx, spec, max_tokens, totals)
+        # Nobody knows yet how rows will be asked for.
+        counts.call.count_direct()
         counts.call.count(self.link.channel, header, self.link.here(), self.link.queue)
         return counts
 
@@ -184,6 +230,7 @@ class CudaBackend:
         num_sms: int | None = None,
         with_source: bool = False,
         beside: bool = False,
+        lends: bool = False,
     ) -> Launch[Dispatch]:
         """Launch a dispatch. Arguments are valid; ids are physical.
 
@@ -201,13 +248,15 @@ class CudaBackend:
             num_sms: None for the default.
             with_source: whether the result tells each received row's token.
             beside: whether the current stream may be given more work before the outputs are asked for.
+            lends: whether rows stay in the arena; a fixed number of rows must fit, others do if they fit.
         """
         # Copies are made on the current stream, which the exchange waits for.
         x, topk_idx = aligned(x), topk_idx.contiguous()
         self.link.begin()
         counts = planned or self._count(topk_idx, spec, max_tokens, totals)
         inputs, counted = (x, scales, topk_weights), planned is not None
-        return self._launch(inputs, spec, counts, counted, header, owner, max_tokens, num_sms, with_source, beside)
+        sizes = (max_tokens, num_sms)
+        return self._launch(inputs, spec, counts, counted, header, owner, *sizes, with_source, beside, lends)
 
     def dispatch_rows(
         self,
@@ -246,6 +295,7 @@ class CudaBackend:
         num_sms: int | None,
         with_source: bool,
         beside: bool,
+        lends: bool = False,
     ) -> Launch[Dispatch]:
         """Open a dispatch, and move its rows."""
         (x, scales, topk_weights), link, call = inputs, self.link, counts.call
@@ -255,9 +305,15 @@ class CudaBackend:
         call.set_rows(settings, x.data_ptr(), pointer(topk_weights), pointer(scales), *strides)
         self._serial += 1
         identity = (owner, self.control.incarnation, self._serial)
-        out = Outputs(spec, inputs, counts, identity, with_source)
+        take = None
+        # A single rank has no rings.
+        if lends and self.control.size > 1:
+            call.lend(max_chunks(max_tokens))
+            take = functools.partial(self.direct.take, call, record)
+        out = Outputs(spec, inputs, counts, identity, with_source, take)
         if max_tokens or counts.sizes is not None:
-            out.allocate(*(counts.sizes or (*static_sizes(spec, max_tokens), max_tokens)))
+            fixed = static_sizes(spec, max_tokens)
+            out.allocate(*(counts.sizes or (*fixed, max_tokens, fixed[0])))
             event = call.run(link.channel, header, current, link.queue, counted)
             result = out.result()
             flight = link.end(current, (inputs, counts, result), event)
@@ -267,7 +323,7 @@ class CudaBackend:
 
         def note_sizes(max_tokens: int) -> int:
             self.max_tokens = max(self.max_tokens, max_tokens)
-            return self.num_laps(max_tokens, record)
+            return 1 if out.in_arena else self.num_laps(max_tokens, record)
 
         placing = Placing(link, note_sizes, counts, out, current, (inputs, counts), beside)
         link.defer(placing.place)

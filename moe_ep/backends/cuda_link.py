@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_ep.backends.control import KINDS, Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
 from moe_ep.backends.cuda_jobs import Flight
+from moe_ep.backends.lease import Lease
 from moe_ep.backends.sharing import gather_capability, host_id, local_capability, share
 from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError
 from moe_ep.events import EventOverlap
@@ -66,6 +67,7 @@ class CudaLink:
         self.queue: int = self.stream.cuda_stream
         self.place_queue: int = self.place_stream.cuda_stream
         self._order = self.extension.Event()
+        self.lease = Lease()
         # Makes int32 tensors on the device.
         self.words = torch.empty(0, dtype=torch.int32, device=self.device)
         self._flights: list[Flight] = []
@@ -96,15 +98,23 @@ class CudaLink:
         told = _group_layout(row_bytes, meta_words)
         return max(min(self.payload_bytes // told["num_bytes"], told["max_ring_groups"]), 1)
 
-    def payload_for(self, max_tokens: int, row_bytes: int, meta_words: int) -> int:
-        """Bytes of each source's ring for exchanges of these sizes; the same on all ranks."""
+    def payload_for(self, max_tokens: int, row_bytes: int, meta_words: int, least_bytes: int = 0) -> int:
+        """Bytes of each source's ring for exchanges of these sizes; the same on all ranks.
+
+        Args:
+            max_tokens: largest T of any rank.
+            row_bytes: as rows travel.
+            meta_words: as they travel.
+            least_bytes: of all rings together, unless there is a grant.
+        """
         group, num_ranks = self.group_bytes(row_bytes, meta_words), self.control.size
         if self.granted_bytes:
             return self.granted_bytes // num_ranks // _ALIGNMENT * _ALIGNMENT
         if num_ranks == 1:
             return 0
         groups = max(-(-max_tokens // self.extension.CHUNK_TOKENS), _LEAST_GROUPS)
-        return min(group * groups, max(_DEFAULT_PAYLOAD_BYTES // num_ranks, group * _LEAST_GROUPS))
+        least = -(-least_bytes // (num_ranks * _ALIGNMENT)) * _ALIGNMENT
+        return max(min(group * groups, max(_DEFAULT_PAYLOAD_BYTES // num_ranks, group * _LEAST_GROUPS)), least)
 
     def check_grant(self, row_bytes: int, meta_words: int) -> None:
         """Raise ValueError for a grant whose rings do not hold a single group."""
@@ -131,15 +141,18 @@ class CudaLink:
             row_bytes, meta_words
         )
 
-    def must_grow(self, max_tokens: int, row_bytes: int, meta_words: int) -> bool:
+    def must_grow(self, *sizes: int) -> bool:
         """Whether :meth:`reserve` would make new rings."""
-        return self.channel is None or self.payload_for(max_tokens, row_bytes, meta_words) > self.payload_bytes
+        return self.channel is None or self.payload_for(*sizes) > self.payload_bytes
 
-    def reserve(self, max_tokens: int, row_bytes: int, meta_words: int) -> None:
-        """Make rings large enough. Collective; all ranks pass the same sizes. Waits for the device."""
-        if not self.must_grow(max_tokens, row_bytes, meta_words):
+    def reserve(self, *sizes: int) -> None:
+        """Make rings large enough for these, as in ``payload_for``. Collective, with the same sizes on all ranks.
+
+        Waits for the device.
+        """
+        if not self.must_grow(*sizes):
             return
-        payload = self.payload_for(max_tokens, row_bytes, meta_words)
+        payload = self.payload_for(*sizes)
         if torch.cuda.is_current_stream_capturing():
             raise MoeEpError(
                 "the arena has to grow during a capture: run the same exchange once before, or call "
@@ -150,6 +163,9 @@ class CudaLink:
         if self.arena is not None:
             # Peers may still store into it: all ranks have finished what came before.
             self.control.open(Call.of("reserve", f"{payload} bytes from each source"))
+            # Rows that were lent are over: what the device was given to read them has ended.
+            self.lease.end()
+            self.lease.memory = None
             self.arena.close()
         epoch = 0 if self.channel is None else self.channel.epoch()
         size = self._arena_size(payload)
@@ -194,6 +210,7 @@ class CudaLink:
     def close(self) -> None:
         """Release the memory, without waiting for peers."""
         self._closed = True
+        self.lease.memory = None
         self._flights.clear()
         if self.arena is not None:
             self.arena.close()
@@ -255,6 +272,9 @@ class CudaLink:
         """
         self.settle()
         caller = self.here()
+        if self.lease.memory is not None:
+            # It may still read rows that were lent, where peers write once this rank has opened the next exchange.
+            self.order(caller, self.queue)
         with torch.cuda.stream(self.stream):
             event.current_stream_wait()
             self._caller = caller
@@ -315,7 +335,8 @@ class CudaLink:
                 output.record_stream(stream)
 
     def header(self, call: Call, error: Exception | None = None) -> list[int]:
-        """Words that all ranks compare on the GPU before an exchange."""
+        """Words that all ranks compare on the GPU before an exchange, which is about to be launched."""
+        self.lease.end()
         self._calls += 1
         if error is not None:
             self.control.leave_note("reason", self._calls, f"{type(error).__name__}: {error}")
@@ -330,8 +351,8 @@ class CudaLink:
             self._broken = MoeEpError(f"{type(error).__name__}: {error}")
         raise error
 
-    def wait_sizes(self, call: Any) -> tuple[int, int, int]:  # noqa: ANN401
-        """Layout rows, received rows and the largest T of a dispatch call; the host waits."""
+    def wait_sizes(self, call: Any) -> tuple[int, int, int, int]:  # noqa: ANN401
+        """Layout rows, received rows, the largest T and, where counted, the most layout rows; the host waits."""
         start, warned = time.monotonic(), False
         while True:
             sizes = call.wait_sizes(self.channel, _POLL_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -47,7 +48,14 @@ def outputs_of(result: Dispatch) -> tuple[Tensor | None, ...]:
     """All tensors that a dispatch wrote, its plan's too."""
     plan = result.plan
     assert isinstance(plan, CudaPlan)
-    rows = (result.rows, result.scales, result.row_weights, result.topk_idx, result.recv_src_idx)
+    # Memory of the arena is not the allocator's.
+    rows = (
+        None if result.in_arena else result.rows,
+        result.scales,
+        result.row_weights,
+        result.topk_idx,
+        result.recv_src_idx,
+    )
     counts = (result.tokens_per_expert, result.expert_ends, result.overflow)
     return (*rows, *counts, plan.source, plan.received)
 
@@ -61,6 +69,10 @@ class Outputs:
         counts: of the tokens.
         identity: owner, incarnation and serial number of the plan.
         with_source: whether each received row's token is told.
+        take: gives memory for rows that may stay in the arena, by x and the sizes of ``allocate`` but the second.
+
+    Attributes:
+        in_arena: whether they do, once allocated.
     """
 
     def __init__(
@@ -70,26 +82,32 @@ class Outputs:
         counts: Counts,
         identity: tuple[int, int, int],
         with_source: bool,
+        take: Callable[[Tensor, int, int, int], Tensor | None] | None = None,
     ) -> None:
         self._spec = spec
         self._like = like
         self._counts = counts
         self._identity = identity
         self._with_source = with_source
+        self._take = take
         self._sizes = (0, 0)
+        self.in_arena = False
 
-    def allocate(self, num_rows: int, num_received: int, max_tokens: int) -> None:
+    def allocate(self, num_rows: int, num_received: int, max_tokens: int, most_rows: int) -> None:
         """Allocate on the current stream and tell the call.
 
         Args:
             num_rows: layout rows.
             num_received: rows that arrive, at most.
             max_tokens: largest T of any rank.
+            most_rows: layout rows of the rank with most; only asked for where rows may stay in the arena.
         """
         spec, counts = self._spec, self._counts
         x, scales, topk_weights = self._like
         top_k, compact, chunks = spec.top_k, spec.layout == "compact", max_chunks(max_tokens)
-        self.rows = x.new_empty(num_rows, x.shape[1])
+        kept = None if self._take is None else self._take(x, num_rows, max_tokens, most_rows)
+        self.in_arena = kept is not None
+        self.rows = x.new_empty(num_rows, x.shape[1]) if kept is None else kept
         self.received = counts.source.new_empty(received_words(max_tokens, num_received, spec.num_ranks, top_k))
         self.scales = None if scales is None else scales.new_empty(num_rows, scales.shape[1])
         self.weights = self.topk_idx = self.recv_src_idx = None
@@ -140,4 +158,5 @@ class Outputs:
             overflow=counts.overflow,
             plan=plan,
             groups=HostGroups(counts.host_counts),
+            in_arena=self.in_arena,
         )

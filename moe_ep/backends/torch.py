@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_ep.backends.control import Answer, ControlPlane
+from moe_ep.backends.lease import Lease
 from moe_ep.backends.place import (
     collect_choices,
     fill_rows,
@@ -54,6 +55,7 @@ class TorchBackend:
     def __init__(self, control: ControlPlane, group: Callable[[], dist.ProcessGroup | None]) -> None:
         self.control = control
         self.transport = Transport(control, group)
+        self.lease = Lease()
         self.max_tokens = 0
         self.reserved_tokens = 0
 

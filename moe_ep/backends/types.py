@@ -98,6 +98,7 @@ class Dispatch:
         overflow: bool 0-dim; None without a capacity.
         plan: to replay, ``Plan`` or ``CudaPlan``.
         groups: sizes on the host, ``Groups`` or what the host of a GPU knows of them.
+        in_arena: whether the rows lie in memory that the next exchange writes.
     """
 
     rows: Tensor
@@ -110,3 +111,4 @@ class Dispatch:
     overflow: Tensor | None
     plan: Any
     groups: Any
+    in_arena: bool = False

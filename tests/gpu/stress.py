@@ -41,10 +41,17 @@ class Exchanges:
     def _header(self, kind: str, serial: int = 0) -> list[int]:
         return self.backend.link.header(Call(kind, _SETTINGS, serial))
 
-    def dispatch(self, x: Tensor, topk_idx: Tensor, weights: Tensor, spec: ExchangeSpec, max_tokens: int) -> Any:  # noqa: ANN401
-        self.backend.ensure(x.shape[0], x.shape[1] * x.itemsize, 3 * spec.top_k + x.shape[1] // 128)
+    def dispatch(
+        self, x: Tensor, topk_idx: Tensor, weights: Tensor, spec: ExchangeSpec, max_tokens: int, lends: bool
+    ) -> Any:  # noqa: ANN401
+        record = (x.shape[1] * x.itemsize, 3 * spec.top_k + x.shape[1] // 128)
+        self.backend.ensure(x.shape[0], *record)
+        # A grant may have no room for a fixed number of rows.
+        lends = lends and self.backend.ensure_direct(spec, max_tokens, record) is None
         header = self._header("dispatch")
-        return self.backend.dispatch(x, None, topk_idx, weights, spec, header, 1, max_tokens=max_tokens).result()
+        return self.backend.dispatch(
+            x, None, topk_idx, weights, spec, header, 1, max_tokens=max_tokens, lends=lends
+        ).result()
 
     def combine(self, y: Tensor, plan: Any) -> Tensor:  # noqa: ANN401
         return self.backend.combine(y, None, plan, self._header("combine", plan.serial)).result()[0]
@@ -64,17 +71,26 @@ def expected_rows(spec: ExchangeSpec, rank: int, ids: list[Tensor], xs: list[Ten
     return torch.cat(parts)
 
 
+def expected_compact(spec: ExchangeSpec, rank: int, ids: list[Tensor], xs: list[Tensor]) -> Tensor:
+    """Compact rows in the promised order: source rank, token."""
+    here = [(topk_idx // spec.num_local_experts == rank).any(1) for topk_idx in ids]
+    return torch.cat([x[mask] for x, mask in zip(xs, here, strict=True)])
+
+
 def draw_spec(draw: random.Random, size: int, most: int) -> ExchangeSpec:
     """Settings of some exchanges of at most ``most`` tokens per rank; the same on all ranks."""
     hidden = draw.choice((8, 64, 520, 2048, 7168) if most == _MAX_TOKENS else (2048, 7168))
     num_experts = draw.choice((1, 2, 8)) * size
+    compact, room = draw.random() < 0.3, size * most
     return ExchangeSpec(
         num_experts=num_experts,
         hidden_size=hidden,
         top_k=min(draw.choice((1, 2, 4)), num_experts),
         num_ranks=size,
         dtype=torch.float32 if hidden < 2048 else torch.bfloat16,
-        capacity=Capacity(per_expert=size * most) if draw.random() < 0.5 else None,
+        layout="compact" if compact else "expanded",
+        weights="experts",
+        capacity=(Capacity(rows=room) if compact else Capacity(per_expert=room)) if draw.random() < 0.5 else None,
     )
 
 
@@ -87,6 +103,7 @@ def stress(
     fault: int,
     beside_gemm: bool = True,
     bulk: bool = True,
+    lending: float = 0.3,
 ) -> int:
     """Rounds of dispatch, combine and replay over changing shapes, each after a delay that differs between ranks.
 
@@ -99,6 +116,7 @@ def stress(
         fault: planted in the kernels, 0 for none.
         beside_gemm: whether GEMMs do.
         bulk: whether some exchanges copy by the copy engine.
+        lending: share of dispatches whose rows stay in the arena.
     """
     torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
     # A group of its own; NCCL cannot share a GPU between ranks.
@@ -123,10 +141,13 @@ def stress(
                 generator = torch.Generator().manual_seed(routing_seed + source)
                 values = torch.randint(-4, 5, (count, spec.hidden_size), generator=generator)
                 xs.append(values.to("cuda", spec.dtype))
-            want = expected_rows(spec, ctx.rank, ids, xs)
-            about = (f"rank {ctx.rank}", f"bulk {me.backend.bulk}", spec, tokens, kind)
+            compact, lends = spec.layout == "compact", draw.random() < lending
+            want = (expected_compact if compact else expected_rows)(spec, ctx.rank, ids, xs)
+            about = (f"rank {ctx.rank}", f"bulk {me.backend.bulk}", f"lends {lends}", spec, tokens, kind)
             x, topk_idx = xs[ctx.rank], ids[ctx.rank]
-            counts = (topk_idx >= 0).sum(1, keepdim=True).to(spec.dtype)
+            homes = topk_idx // spec.num_local_experts
+            visits = (homes.unsqueeze(2) == torch.arange(size, device="cuda")).any(1)
+            counts = (visits if compact else topk_idx >= 0).sum(1, keepdim=True).to(spec.dtype)
             sums = x * counts
             weights = torch.ones(topk_idx.shape, device="cuda")
             if fault and done == 0:
@@ -146,20 +167,25 @@ def stress(
                             dist.all_reduce(reduced, dist.ReduceOp.MAX, group=other)
                         if beside_gemm:
                             left @ left
-                result = me.dispatch(now, topk_idx, weights, spec, 0 if spec.capacity is None else most)
-                _check(me, real_rows(result.rows, result, spec), rows_now, "rows", about)
-                _check(me, me.combine(result.rows, result.plan), sums_now, "sums", about)
+                result = me.dispatch(now, topk_idx, weights, spec, 0 if spec.capacity is None else most, lends)
+                # What lies in the arena is over before the host has looked at it, and written by what comes next.
+                rows = result.rows.clone() if result.in_arena else result.rows
+                sent_home = me.combine(rows, result.plan)
+                _check(me, real_rows(rows, result, spec, len(want)), rows_now, "rows", about)
+                _check(me, sent_home, sums_now, "sums", about)
                 again = me.replay(-now, result.plan)
-                _check(me, real_rows(again, result, spec), -rows_now, "replayed rows", about)
+                _check(me, real_rows(again, result, spec, len(want)), -rows_now, "replayed rows", about)
     torch.cuda.synchronize()
     me.backend.link.check()
     return done
 
 
-def real_rows(rows: Tensor, result: Any, spec: ExchangeSpec) -> Tensor:  # noqa: ANN401
-    """Layout rows without what nobody wrote behind each expert's last one."""
+def real_rows(rows: Tensor, result: Any, spec: ExchangeSpec, num_rows: int) -> Tensor:  # noqa: ANN401
+    """Layout rows without what nobody wrote behind each expert's last one, or behind ``num_rows`` compact ones."""
     if spec.capacity is None:
         return rows
+    if spec.layout == "compact":
+        return rows[:num_rows]
     per_expert = spec.capacity.per_expert
     places = torch.arange(rows.shape[0], device=rows.device) % per_expert
     return rows[places < result.tokens_per_expert.repeat_interleave(per_expert)]

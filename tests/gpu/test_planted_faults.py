@@ -38,5 +38,12 @@ def test_is_caught(fault: int) -> None:
         run_ranks(2, stress, 3, 1500, granted_bytes, False, fault, fresh=True)
 
 
+@pytest.mark.parametrize("fault", ["early flag", "wrong slot", "skipped row", "early exit"])
+def test_is_caught_where_rows_stay_in_the_arena(fault: str) -> None:
+    arguments = (3, 1500, 0, False, FAULTS[fault], True, True, 1.0)
+    with pytest.raises((AssertionError, MoeEpError)):
+        run_ranks(2, stress, *arguments, fresh=True)
+
+
 def test_without_one_nothing_is_wrong() -> None:
     assert run_ranks(2, stress, 3, 300, SMALL_GRANT, False, 0) == [300, 300]

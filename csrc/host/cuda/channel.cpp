@@ -101,7 +101,8 @@ std::optional<Channel::Sizes> Channel::wait_sizes(int64_t ticket, double seconds
     }
     // The sizes were written before the ticket.
     std::atomic_thread_fence(std::memory_order_acquire);
-    return Sizes{read_word(words.num_rows), read_word(words.num_received), read_word(words.max_tokens)};
+    return Sizes{read_word(words.num_rows), read_word(words.num_received), read_word(words.max_tokens),
+                 read_word(words.most_rows)};
 }
 
 std::vector<int32_t> Channel::host_counts(int64_t ticket, int count) const {

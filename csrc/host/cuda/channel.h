@@ -28,7 +28,9 @@ public:
     void order(uintptr_t first, uintptr_t then);
     void plant_fault(int fault) { link_.fault = static_cast<Fault>(fault); }
 
-    using Sizes = std::tuple<int64_t, int64_t, int64_t>;
+    // Layout rows, received rows, largest T of any rank, and layout rows of the rank with most where that was asked
+    // for.
+    using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
     std::optional<Sizes> wait_sizes(int64_t ticket, double seconds) const;
     std::vector<int32_t> host_counts(int64_t ticket, int count) const;
 
@@ -40,6 +42,7 @@ public:
     void reset(uint64_t epoch);
 
     int num_ranks() const { return link_.num_ranks; }
+    int64_t payload_bytes() const { return link_.payload_bytes; }
     double timeout_s() const { return static_cast<double>(link_.timeout_ns) * 1e-9; }
     void set_timeout_s(double seconds);
 

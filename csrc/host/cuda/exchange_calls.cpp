@@ -95,6 +95,18 @@ void DispatchCall::set_capacity(int64_t max_tokens, int64_t rows, int64_t per_ex
     open_.capacity = {rows, per_expert, settings_.drop};
 }
 
+void DispatchCall::lend(int64_t num_groups) {
+    count_direct();
+    params_.lends = 1;
+    params_.direct_groups = num_groups;
+}
+
+bool DispatchCall::is_direct(const Channel& channel, int64_t max_tokens, int64_t most_rows) const {
+    if (params_.lends == 0 || params_.direct_groups > 0) return params_.lends != 0;
+    const RecordDims dims{params_.rows.row_bytes, params_.rows.meta_words};
+    return fits_directly(channel.num_ranks(), channel.payload_bytes(), num_chunks(max_tokens), dims, most_rows);
+}
+
 void DispatchCall::set_rows(const RowSettings& settings, const std::byte* x, const int32_t* topk_weights,
                             const int32_t* scales, int64_t scale_stride, int64_t scale_word_stride) {
     row_settings_ = settings;
@@ -158,7 +170,8 @@ void DispatchCall::count(Channel& channel, const Header& header, Streams streams
 
 void DispatchCall::send(Channel& channel, const Header& header, Streams streams, bool counted) {
     open(channel, header, streams, counted);
-    launch(channel, row_settings_.num_senders, 0, Laps::kFirst, streams.queue);
+    const int senders = row_settings_.num_senders + (sends_all() ? row_settings_.num_placers : 0);
+    launch(channel, senders, 0, Laps::kFirst, streams.queue);
 }
 
 std::unique_ptr<Event> DispatchCall::place(Channel& channel, uintptr_t queue, uintptr_t place_queue, int64_t num_laps) {
@@ -177,7 +190,10 @@ std::unique_ptr<Event> DispatchCall::place(Channel& channel, uintptr_t queue, ui
 
 std::unique_ptr<Event> DispatchCall::run(Channel& channel, const Header& header, Streams streams, bool counted) {
     open(channel, header, streams, counted);
-    launch(channel, row_settings_.num_senders, row_settings_.num_placers, Laps::kAll, streams.queue);
+    const int senders = row_settings_.num_senders, placers = row_settings_.num_placers;
+    // NOTE: blocks that all send take one lap alone: in further ones they would wait for placers.
+    const bool all_send = sends_all() && params_.direct_groups > 0;
+    launch(channel, all_send ? senders + placers : senders, all_send ? 0 : placers, Laps::kAll, streams.queue);
     return recorded(streams.queue);
 }
 

@@ -67,6 +67,10 @@ public:
 
     void set_capacity(int64_t max_tokens, int64_t rows, int64_t per_expert);
     void set_total(int64_t* received_total) { open_.received_total = received_total; }
+    // What rows need that are stored where they stay is counted too, whoever sends them.
+    void count_direct() { open_.direct = 1; }
+    // Rows may stay in the arena. `num_groups`: of each source, where that is known to fit; 0 where the sizes decide.
+    void lend(int64_t num_groups);
     void set_rows(const RowSettings& settings, const std::byte* x, const int32_t* topk_weights, const int32_t* scales,
                   int64_t scale_stride, int64_t scale_word_stride);
     void set_output(std::byte* received, int64_t max_chunks, int64_t num_received, std::byte* out, int64_t num_rows,
@@ -85,11 +89,15 @@ public:
     std::optional<Channel::Sizes> wait_sizes(const Channel& channel, double seconds) const {
         return channel.wait_sizes(ticket_, seconds);
     }
+    // Whether rows that may stay in the arena do, by the sizes that were told.
+    bool is_direct(const Channel& channel, int64_t max_tokens, int64_t most_rows) const;
     std::vector<int32_t> host_counts(const Channel& channel) const;
     bool tells_sizes() const { return open_.max_tokens == 0; }
 
 private:
     void open(Channel& channel, const Header& header, Streams streams, bool counted);
+    // Whether senders leave no rows to be moved, so that all blocks send.
+    bool sends_all() const { return params_.lends != 0 && params_.layout == Layout::kCompact; }
     void launch(Channel& channel, int num_senders, int num_placers, Laps laps, uintptr_t stream);
 
     CountSettings settings_;
