@@ -112,8 +112,11 @@ def fit_capacity(
 
 
 def rows_of_factor(factor: float, spec: ExchangeSpec, max_tokens: int) -> int:
-    """Rows per expert of ``Capacity(factor=...)``: even share times the factor, rounded up to the alignment."""
-    share = factor * spec.num_ranks * max_tokens * spec.top_k / spec.num_experts
+    """Rows per expert of ``Capacity(factor=...)``: even share times the factor, rounded up to the alignment.
+
+    Where no rank has tokens, that of one token each.
+    """
+    share = factor * spec.num_ranks * max(max_tokens, 1) * spec.top_k / spec.num_experts
     units = -(-share // spec.alignment)
     return max(int(units), 1) * spec.alignment
 
