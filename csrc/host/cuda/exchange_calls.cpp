@@ -120,6 +120,9 @@ void DispatchCall::set_rows(const RowSettings& settings, const std::byte* x, con
     params_.scales = scales;
     params_.scale_stride = scale_stride;
     params_.scale_word_stride = scale_word_stride;
+    // Counts that are used again may be used for rows of either kind.
+    params_.lends = 0;
+    params_.direct_groups = 0;
 }
 
 void DispatchCall::set_output(std::byte* received, int64_t max_chunks, int64_t num_received, std::byte* out,

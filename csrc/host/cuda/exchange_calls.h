@@ -69,7 +69,8 @@ public:
     void set_total(int64_t* received_total) { open_.received_total = received_total; }
     // What rows need that are stored where they stay is counted too, whoever sends them.
     void count_direct() { open_.direct = 1; }
-    // Rows may stay in the arena. `num_groups`: of each source, where that is known to fit; 0 where the sizes decide.
+    // The rows that were set may stay in the arena. `num_groups`: of each source, where that is known to fit; 0 where
+    // the sizes decide.
     void lend(int64_t num_groups);
     void set_rows(const RowSettings& settings, const std::byte* x, const int32_t* topk_weights, const int32_t* scales,
                   int64_t scale_stride, int64_t scale_word_stride);
