@@ -66,8 +66,8 @@ class StandIn:
             rows, weights, self.plans[plan.serial]
         )
 
-    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, planned: None) -> Finished:
-        done: Dispatch = self.whole["dispatch"](x, topk_idx, topk_weights, planned).result()
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, planned: None, lends: bool) -> Finished:
+        done: Dispatch = self.whole["dispatch"](x, topk_idx, topk_weights, planned, lends).result()
         plan, spec = done.plan, self.spec
         self.plans[plan.serial] = plan
         num_tokens, local = topk_idx.shape[0], spec.num_local_experts

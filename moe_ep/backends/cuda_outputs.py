@@ -93,7 +93,7 @@ class Outputs:
         self._sizes = (0, 0)
         self.in_arena = False
 
-    def allocate(self, num_rows: int, num_received: int, max_tokens: int, most_rows: int) -> None:
+    def allocate(self, num_rows: int, num_received: int, max_tokens: int, most_rows: int = 0) -> None:
         """Allocate on the current stream and tell the call.
 
         Args:
