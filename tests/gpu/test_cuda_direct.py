@@ -235,6 +235,24 @@ def test_rows_and_scales_in_fp8(layout: str) -> None:
     assert run_ranks(2, compare_fp8, layout) == [True, True]
 
 
+@torch.no_grad()
+def use_counts_again(ctx: RankContext, layout: str) -> list[bool]:
+    lender = Lender(ctx, layout, exact=True)
+    (planned,) = lender.dispatcher.plan([lender.topk_idx])
+    stayed = []
+    for turn, out in enumerate(("arena", "private", "arena")):
+        x = lender.x + turn
+        routed = lender.dispatcher.dispatch(x, lender.topk_idx, lender.weights, planned, out=out)
+        stayed.append(routed.in_arena)
+        assert torch.equal(routed.x, lender.want + turn), out
+    return stayed
+
+
+@pytest.mark.parametrize("layout", ["compact", "expanded"])
+def test_planned_counts_serve_rows_of_either_kind(layout: str) -> None:
+    assert run_ranks(2, use_counts_again, layout) == [[True, False, True]] * 2
+
+
 # How long rows are whole
 
 
