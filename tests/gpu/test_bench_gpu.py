@@ -38,5 +38,7 @@ def test_all_parts_on_two_ranks(tmp_path: Path) -> None:
     ours = [row for row in rows if row["backend"] == "cuda"]
     assert {row["op"] for row in ours} >= {"dispatch", "combine", "dispatch_beside_gemm", "moe_layer"}
     assert {row["laps"] for row in ours if "laps" in row} == {1, 2}
+    in_arena = [row for row in ours if row["mode"].startswith("arena")]
+    assert [(row["mode"], row["num_sms"]) for row in in_arena] == [("arena", 8), ("arena capacity", 8)]
     assert all(row["nccl_us"] > 0 for row in ours if "host_us" in row)
     assert any(row["backend"] == "nccl_reduce_scatter" for row in rows)

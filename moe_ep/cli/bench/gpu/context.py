@@ -142,7 +142,8 @@ def make_row(
         traffic: of its routing.
         op: its name.
         layout: of the rows.
-        mode: ``"exact"``, ``"capacity"`` (captured in a graph) or ``"replay"``.
+        mode: ``"exact"``, ``"capacity"`` (captured in a graph) or ``"replay"``; ``"arena"`` and ``"arena capacity"``
+            where rows stay in the arena.
         timing: of the whole call.
         dtype: of the rows.
         backend: ``"cuda"``, or how NCCL does it.

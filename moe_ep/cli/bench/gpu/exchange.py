@@ -14,6 +14,8 @@ from moe_ep.results import Dispatched
 
 BF16 = torch.bfloat16
 LAYOUTS = ("compact", "expanded")
+# Of dispatches that leave rows in the arena: senders alone fill the links.
+ARENA_SMS = 8
 
 
 def measure_case(context: Context, inputs: Inputs, nccl: NcclTimes) -> None:
@@ -21,6 +23,7 @@ def measure_case(context: Context, inputs: Inputs, nccl: NcclTimes) -> None:
     for layout in LAYOUTS:
         measure_dispatch(context, inputs, layout, BF16, nccl)
         measure_combine(context, inputs, layout, nccl)
+    measure_dispatch_in_arena(context, inputs, nccl)
     if inputs.case.shape.hidden % FP8_GROUP == 0:
         measure_dispatch(context, inputs, "compact", FP8_DTYPE, nccl)
 
@@ -58,6 +61,39 @@ def measure_dispatch(context: Context, inputs: Inputs, layout: str, dtype: torch
     facts = {"nccl_us": nccl.best("dispatch", layout, dtype, captured=True)}
     facts |= {"host_us": watch.host(lambda: dispatch(fixed))}
     context.add(inputs, mode="capacity", timing=timing, **common, **facts, **arena)
+
+
+def measure_dispatch_in_arena(context: Context, inputs: Inputs, nccl: NcclTimes) -> None:
+    """A dispatch to compact rows that stay in the arena, on few SMs, eager and in a graph. Collective.
+
+    A single rank has no arena for them.
+    """
+    if context.rank.size == 1:
+        return
+    watch, what = context.watch, "dispatch to compact rows in the arena"
+    common: dict[str, Any] = {"op": "dispatch", "layout": "compact", "floor": context.floor_of(inputs, BF16)}
+    common |= {"num_sms": context.num_sms("dispatch", "compact", ARENA_SMS)}
+
+    def dispatch(dispatcher: TokenDispatcher) -> Dispatched:
+        return dispatcher.dispatch(inputs.x, inputs.topk_idx, inputs.topk_weights, out="arena")
+
+    def check(routed: Dispatched) -> bool:
+        return routed.in_arena and is_right(inputs, routed, "compact")
+
+    exact = context.dispatcher(inputs, "compact", num_sms=ARENA_SMS)
+    # Skewed routing may find too little memory the first time.
+    dispatch(exact)
+    watch.require(check(poisoned(lambda: dispatch(exact))), what)
+    arena = {"arena_bytes": context.buffer.backend.memory_bytes}
+    nccl_us = nccl.best("dispatch", "compact", BF16)
+    context.add(inputs, mode="arena", timing=watch.time(lambda: dispatch(exact)), nccl_us=nccl_us, **common, **arena)
+
+    fixed = context.dispatcher(inputs, "compact", with_capacity=True, num_sms=ARENA_SMS)
+    dispatch(fixed)
+    timing = time_captured(context, Captured(lambda: dispatch(fixed)), check, what)
+    facts: dict[str, Any] = {"nccl_us": nccl.best("dispatch", "compact", BF16, captured=True)}
+    facts |= {"host_us": watch.host(lambda: dispatch(fixed))}
+    context.add(inputs, mode="arena capacity", timing=timing, **common, **facts, **arena)
 
 
 def measure_combine(context: Context, inputs: Inputs, layout: str, nccl: NcclTimes) -> None:
