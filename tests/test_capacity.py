@@ -248,8 +248,8 @@ def start_without_tokens(ctx: RankContext) -> tuple[list, str]:
 
 def test_a_factor_is_sized_by_the_first_exchange_that_has_tokens(ranks: Ranks) -> None:
     for shapes, refused in ranks(2, start_without_tokens):
-        # Two local experts of 2.0 * R * 5 * K / E = 10 rows each; of one each, the least there is, before anyone knows.
-        assert shapes == [(2, 8), (2, 8), (20, 8), (20, 8)]
+        # Two local experts of 2.0 * R * 5 * K / E = 10 rows each; of 2, for one token per rank, before anyone knows.
+        assert shapes == [(4, 8), (4, 8), (20, 8), (20, 8)]
         assert "sends 6 tokens, but Capacity(factor=...) was sized for 5" in refused
 
 

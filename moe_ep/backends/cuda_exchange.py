@@ -340,7 +340,7 @@ class CudaBackend:
         """How the rows of a dispatch travel: the extension's settings, and bytes of a row and words of metadata."""
         weight_words = 0 if topk_weights is None else topk_weights.itemsize // WORD_BYTES
         scale_words = 0 if scales is None else scales.shape[1]
-        key = ("dispatch", spec, x.dtype, x.shape[1], weight_words, scale_words, num_sms)
+        key = ("dispatch", self.bulk, spec, x.dtype, x.shape[1], weight_words, scale_words, num_sms)
         if key not in self._settings:
             cast, row_bytes, num_scales = 0, x.shape[1] * x.itemsize, scale_words
             if spec.wire_dtype is not None and scales is None:
@@ -409,7 +409,7 @@ class CudaBackend:
         return Launch(self.link, lambda: ((rows, out_scales), (flight,)), tuple)
 
     def _replay_settings(self, x: Tensor, scale_words: int, compact: bool, num_sms: int | None) -> Any:  # noqa: ANN401
-        key = ("replay", x.dtype, x.shape[1], scale_words, compact, num_sms)
+        key = ("replay", self.bulk, x.dtype, x.shape[1], scale_words, compact, num_sms)
         if key not in self._settings:
             senders, placers = self._split("compact" if compact else "expanded", num_sms)
             settings = self._extension.RowSettings(
@@ -496,7 +496,7 @@ class CudaBackend:
         num_sms: int | None,
         in_laps: bool,
     ) -> Any:  # noqa: ANN401
-        key = ("combine", y.dtype, y.shape[1], words, only_own_values, wide, compact, num_sms, in_laps)
+        key = ("combine", self.bulk, y.dtype, y.shape[1], words, only_own_values, wide, compact, num_sms, in_laps)
         if key not in self._settings:
             what = "combine compact" if compact else "combine"
             senders, reducers = self._split(what, num_sms, in_laps)

@@ -4,8 +4,8 @@
 
 namespace moe_ep {
 
-// A place in a stream of the current device, without a time. Streams are addresses. Events of the driver are used again:
-// making one takes longer than recording it.
+// A place in a stream of the current device, without a time. Streams are addresses. Events of the driver are used
+// again: making one takes longer than recording it.
 class Event {
 public:
     Event();
