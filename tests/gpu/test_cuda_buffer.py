@@ -222,7 +222,7 @@ def test_exchanges_run_beside_the_current_stream(num_ranks: int) -> None:
 def count_sms(ctx: RankContext) -> list[int | None]:
     buffer = make_buffer(ctx)
     split, seen = buffer.backend._split, []
-    buffer.backend._split = lambda what, num_sms: seen.append(num_sms) or split(what, num_sms)
+    buffer.backend._split = lambda what, num_sms, *laps: seen.append(num_sms) or split(what, num_sms, *laps)
     try:
         run_case(ctx.rank, "cuda", buffer, one_case(ctx, num_sms=6))
         Buffer.set_num_sms(10)
