@@ -75,7 +75,7 @@ def expected_dispatch(
         rows: as in ``Capacity``; at most one of the three.
         per_expert: as in ``Capacity``.
         factor: as in ``Capacity``.
-        max_tokens_per_rank: sizes slabs and ``factor``; None takes the largest T for the latter.
+        max_tokens_per_rank: sizes slabs and ``factor``; None takes the largest T for the latter, at least 1.
         expert_map: logical expert -> its replicas, -1 after the last one.
     """
     num_ranks = len(topk_idx)
@@ -90,7 +90,7 @@ def expected_dispatch(
                     queues[expert].append((source, token, choice))
     if factor is not None:
         most = max_tokens_per_rank or max(ids.shape[0] for ids in topk_idx)
-        share = factor * num_ranks * most * topk_idx[0].shape[1] / num_experts
+        share = factor * num_ranks * max(most, 1) * topk_idx[0].shape[1] / num_experts
         per_expert = max(1, math.ceil(share / alignment)) * alignment
     limits, overflow = _limits(queues, num_ranks, layout, alignment, rows, per_expert)
     dropped = {choice for queue, limit in zip(queues, limits, strict=True) for choice in queue[limit:]}
