@@ -17,19 +17,21 @@ namespace py = pybind11;
 namespace moe_ep {
 namespace {
 
+// Sizes as the plan kernel counts them.
+PlanParams plan_dims(int64_t num_tokens, int top_k, int num_experts, int num_ranks, bool by_mask) {
+    return {.num_tokens = num_tokens,
+            .top_k = by_mask ? num_ranks : top_k,
+            .num_experts = by_mask ? num_ranks : num_experts,
+            .num_ranks = num_ranks};
+}
+
 int64_t source_plan_words(int64_t num_tokens, int top_k, int num_experts, int num_ranks, bool by_mask) {
-    const PlanParams dims{.num_tokens = num_tokens,
-                          .top_k = by_mask ? num_ranks : top_k,
-                          .num_experts = by_mask ? num_ranks : num_experts,
-                          .num_ranks = num_ranks};
+    const PlanParams dims = plan_dims(num_tokens, top_k, num_experts, num_ranks, by_mask);
     return SourcePlan(nullptr, dims, num_experts).num_bytes / static_cast<int64_t>(sizeof(int32_t));
 }
 
 py::dict source_plan_layout(int64_t num_tokens, int top_k, int num_experts, int num_ranks, bool by_mask) {
-    const PlanParams dims{.num_tokens = num_tokens,
-                          .top_k = by_mask ? num_ranks : top_k,
-                          .num_experts = by_mask ? num_ranks : num_experts,
-                          .num_ranks = num_ranks};
+    const PlanParams dims = plan_dims(num_tokens, top_k, num_experts, num_ranks, by_mask);
     const SourcePlan plan(nullptr, dims, num_experts);
     const auto at = [](const void* ptr) { return reinterpret_cast<uintptr_t>(ptr); };
     py::dict told;

@@ -32,21 +32,22 @@ pytestmark = [
 ]
 
 
-# Places that nobody wrote may be no places at all: what reads rows by them then ends in an error of the GPU.
-CAUGHT = (AssertionError, MoeEpError, torch.AcceleratorError)
+CAUGHT = (AssertionError, MoeEpError)
+# Places that nobody wrote may be no places at all: a combine that reads rows by them ends in an error of the GPU.
+CAUGHT_OF = {"early exit": (*CAUGHT, torch.AcceleratorError)}
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
-def test_is_caught(fault: int) -> None:
-    granted_bytes = SMALL_GRANT if fault == FAULTS["skipped consumed check"] else 0
-    with pytest.raises(CAUGHT):
-        run_ranks(2, stress, 3, 1500, granted_bytes, False, fault, fresh=True)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_is_caught(fault: str) -> None:
+    granted_bytes = SMALL_GRANT if fault == "skipped consumed check" else 0
+    with pytest.raises(CAUGHT_OF.get(fault, CAUGHT)):
+        run_ranks(2, stress, 3, 1500, granted_bytes, False, FAULTS[fault], fresh=True)
 
 
 @pytest.mark.parametrize("fault", ["early flag", "wrong slot", "skipped row", "early exit"])
 def test_is_caught_where_rows_stay_in_the_arena(fault: str) -> None:
     arguments = (3, 1500, 0, False, FAULTS[fault], True, True, 1.0)
-    with pytest.raises(CAUGHT):
+    with pytest.raises(CAUGHT_OF.get(fault, CAUGHT)):
         run_ranks(2, stress, *arguments, fresh=True)
 
 
