@@ -11,7 +11,7 @@ from moe_ep.cli.bench.gpu.baselines import GatherAll, NcclTimes, RowsOnce
 from moe_ep.cli.bench.gpu.context import fill_nan, make_row, payload_of
 from moe_ep.cli.bench.gpu.exchange import expert_outputs, has_sums, is_right
 from moe_ep.cli.bench.gpu.floor import aligned, offsets
-from moe_ep.cli.bench.gpu.inputs import ALIGNMENT, Inputs, cast_fp8
+from moe_ep.cli.bench.gpu.inputs import ALIGNMENT, Inputs, cast_fp8, pack_fp8, unpack_fp8
 from moe_ep.cli.bench.gpu.overlap import hidden_share
 from moe_ep.cli.bench.gpu.report import COLUMNS, curve_rows, sweep_rows, table_row, write_plot
 from moe_ep.cli.bench.gpu.timer import Timing
@@ -113,6 +113,7 @@ def make_dispatcher(ctx, case, layout):
         layout=layout,
         alignment=ALIGNMENT if layout == "expanded" else 1,
         weights="experts" if layout == "compact" else "combine",
+        max_tokens_per_rank=case.tokens,
         backend="torch",
     )
 
@@ -139,7 +140,8 @@ def check_exchange(ctx, case, layout, fp8, fault):
 
 
 @pytest.mark.parametrize("routing", ["uniform", "zipf"])
-@pytest.mark.parametrize(("layout", "fp8"), [("compact", False), ("compact", True), ("expanded", False)])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("layout", ["compact", "expanded", "slab"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_right_exchanges_pass(ranks, num_ranks, layout, fp8, routing):
     case = make_case(num_ranks, routing=routing)
@@ -148,7 +150,7 @@ def test_right_exchanges_pass(ranks, num_ranks, layout, fp8, routing):
 
 @pytest.mark.parametrize(
     ("layout", "fault"),
-    [(layout, fault) for layout in ("compact", "expanded") for fault in ("rows", "weights", "sums")],
+    [(layout, fault) for layout in ("compact", "expanded", "slab") for fault in ("rows", "weights", "sums")],
 )
 def test_wrong_exchanges_do_not_pass(ranks, layout, fault):
     for right, summed in ranks(2, check_exchange, make_case(2), layout, False, fault):
@@ -157,8 +159,9 @@ def test_wrong_exchanges_do_not_pass(ranks, layout, fault):
             assert not right
 
 
-def test_wrong_scales_do_not_pass(ranks):
-    assert ranks(2, check_exchange, make_case(2), "compact", True, "scales") == [(False, True)] * 2
+@pytest.mark.parametrize("layout", ["compact", "expanded", "slab"])
+def test_wrong_scales_do_not_pass(ranks, layout):
+    assert ranks(2, check_exchange, make_case(2), layout, True, "scales") == [(False, True)] * 2
 
 
 @torch.no_grad()
@@ -183,7 +186,7 @@ def check_baselines(ctx, case):
     fixed = gather.dispatch_static()[0]
     return {
         "compact": inputs.has_compact(sent),
-        "fp8": inputs.has_compact(*rows.unpack_fp8(rows.dispatch(rows.packed_fp8()))),
+        "fp8": inputs.has_compact(*unpack_fp8(rows.dispatch(pack_fp8(inputs.fp8)), case.shape.hidden)),
         "compact sums": inputs.has_compact_sums(rows.combine(inputs.compact_outputs(sent))),
         "grouped": inputs.has_grouped(gather.dispatch()[0], 1),
         "grouped, static": inputs.has_grouped(fixed, 1) and len(fixed) == max(inputs.traffic.choices),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moe_ep.cli.bench.baseline import AllToAllDispatcher
 from moe_ep.cli.bench.gpu.context import Context, fill_nan, payload_of, poisoned
-from moe_ep.cli.bench.gpu.inputs import Inputs
+from moe_ep.cli.bench.gpu.inputs import Inputs, pack_fp8, unpack_fp8
 from moe_ep.cli.bench.gpu.timer import Captured
 from moe_ep.cli.bench.gpu.traffic import visits
 from moe_ep.config import FP8_DTYPE, FP8_GROUP
@@ -69,13 +69,13 @@ def measure_baselines(context: Context, inputs: Inputs) -> NcclTimes:
     rows = RowsOnce(inputs)
     measure("dispatch", "compact", "all_to_all", rows.dispatch, inputs.has_compact, static=rows.dispatch)
     if inputs.case.shape.hidden % FP8_GROUP == 0:
-        packed = rows.packed_fp8()
+        packed = pack_fp8(inputs.fp8)
         measure(
             "dispatch",
             "compact",
             "all_to_all",
             lambda: rows.dispatch(packed),
-            lambda out: inputs.has_compact(*rows.unpack_fp8(out)),
+            lambda out: inputs.has_compact(*unpack_fp8(out, inputs.case.shape.hidden)),
             static=lambda: rows.dispatch(packed),
             dtype=FP8_DTYPE,
         )
@@ -153,16 +153,6 @@ class RowsOnce:
         returned = self._exchange(y, self._send_splits, self._recv_splits)
         return F.embedding_bag(self._position, returned, mode="sum", per_sample_weights=self._weights)
 
-    def packed_fp8(self) -> Tensor:
-        """fp8 rows and their scales side by side, in wide words: gathering single bytes would be slow."""
-        rows, scales = self._inputs.fp8
-        return torch.cat([rows.view(torch.uint8), scales.view(torch.uint8)], dim=1).view(torch.int32)
-
-    def unpack_fp8(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows, scales)."""
-        hidden, words = self._inputs.case.shape.hidden, packed.contiguous().view(torch.uint8)
-        return words[:, :hidden].contiguous().view(FP8_DTYPE), words[:, hidden:].contiguous().view(torch.float32)
-
     def _exchange(self, rows: Tensor, recv_splits: list[int], send_splits: list[int]) -> Tensor:
         received = rows.new_empty(sum(recv_splits), rows.shape[1])
         dist.all_to_all_single(received, rows, recv_splits, send_splits, group=self._inputs.rank.group)
@@ -192,9 +182,9 @@ class GatherAll:
         order = chosen[torch.argsort(local.flatten()[chosen], stable=True)]
         return x.index_select(0, order // self._top_k), weights.flatten()[order]
 
-    def dispatch_static(self) -> tuple[Tensor, Tensor]:
+    def dispatch_static(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same in a fixed number of rows, without a wait; those behind the last are of other ranks' experts."""
-        x, local, weights = self._gather()
+        x, local, weights = self._gather(rows)
         num = self._inputs.num_local_experts
         key = torch.where((local >= 0) & (local < num), local, num).flatten()
         order = torch.argsort(key, stable=True)[: self._most]
@@ -210,10 +200,10 @@ class GatherAll:
         dist.reduce_scatter_tensor(out, sums, group=self._inputs.rank.group)
         return out
 
-    def _gather(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, local expert ids and weights of all ranks."""
+    def _gather(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, local expert ids and weights of all ranks; ``rows`` [T, ...] instead of the case's."""
         inputs, parts = self._inputs, []
-        for tensor in (inputs.x, inputs.topk_idx, inputs.topk_weights):
+        for tensor in (inputs.x if rows is None else rows, inputs.topk_idx, inputs.topk_weights):
             parts.append(tensor.new_empty(self._num_all, *tensor.shape[1:]))
             dist.all_gather_into_tensor(parts[-1], tensor, group=inputs.rank.group)
         return parts[0], parts[1] - inputs.first_expert, parts[2]

@@ -144,6 +144,8 @@ def expert_outputs(inputs: Inputs, routed: Dispatched, layout: str) -> tuple[tor
     """What experts might have made of dispatched rows, and the weights that combine applies."""
     if layout == "compact":
         return inputs.compact_outputs(routed.x), None
+    if layout == "slab":
+        return inputs.slab_outputs(routed.x), routed.weights
     return inputs.grouped_outputs(routed.x, ALIGNMENT), routed.weights
 
 
@@ -162,4 +164,4 @@ def has_sums(inputs: Inputs, out: torch.Tensor, layout: str) -> bool:
 def _has_rows(inputs: Inputs, rows: torch.Tensor, layout: str, scales: torch.Tensor | None = None) -> bool:
     if layout == "compact":
         return inputs.has_compact(rows, scales)
-    return inputs.has_grouped(rows, ALIGNMENT)
+    return inputs.has_slabs(rows, scales) if layout == "slab" else inputs.has_grouped(rows, ALIGNMENT, scales)

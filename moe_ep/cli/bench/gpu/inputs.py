@@ -76,9 +76,17 @@ class Inputs:
 
     def aligned_rows(self, alignment: int) -> Tensor:
         """Layout row of each row of ``grouped``, where groups start at multiples of ``alignment``."""
+        sizes = (self.tokens_per_expert + alignment - 1) // alignment * alignment
+        return self._rows_from(sizes.cumsum(0) - sizes)
+
+    def slab_rows(self) -> Tensor:
+        """Layout row of each row of ``grouped`` where every local expert has R * T rows, all slabs counted as one."""
+        size = self.rank.size * self.case.tokens
+        return self._rows_from(torch.arange(self.num_local_experts, device=self.rank.device) * size)
+
+    def _rows_from(self, starts: Tensor) -> Tensor:
         counts = self.tokens_per_expert
-        sizes = (counts + alignment - 1) // alignment * alignment
-        gaps = (sizes.cumsum(0) - sizes) - (counts.cumsum(0) - counts)
+        gaps = starts - (counts.cumsum(0) - counts)
         return torch.arange(int(counts.sum()), device=counts.device) + torch.repeat_interleave(gaps, counts)
 
     # What must come out. Rows of one source at a time: those of all ranks together may not fit.
@@ -90,16 +98,7 @@ class Inputs:
         for rank in range(self.rank.size):
             of_source = token[source == rank]
             place, begin = slice(begin, begin + len(of_source)), begin + len(of_source)
-            want, want_scales = self.rows_of(rank), None
-            if scales is not None:
-                want, want_scales = cast_fp8(want)
-            if not _same(rows[place], _bits(want)[of_source]):
-                return False
-            if (
-                scales is not None
-                and want_scales is not None
-                and not torch.equal(scales[place], want_scales[of_source])
-            ):
+            if not self._has_rows_of(rank, of_source, rows[place], None if scales is None else scales[place]):
                 return False
         return True
 
@@ -108,25 +107,47 @@ class Inputs:
         if layout == "expanded":
             token, k = self.grouped
             return torch.equal(weights[self.aligned_rows(ALIGNMENT)], self.all_weights[token, k])
+        if layout == "slab":
+            token, k = self.grouped
+            return torch.equal(weights.flatten()[self.slab_rows()], self.all_weights[token, k])
         source, token = self.received
         at = source * self.case.tokens + token
         local = self.all_ids[at] - self.first_expert
         kept = (local >= 0) & (local < self.num_local_experts)
         return torch.equal(weights[: len(at)], self.all_weights[at].masked_fill(~kept, 0.0))
 
-    def has_grouped(self, rows: Tensor, alignment: int) -> bool:
+    def has_grouped(self, rows: Tensor, alignment: int, scales: Tensor | None = None) -> bool:
         """Whether rows grouped by expert are what this rank must get; those between groups are zero."""
-        token, _ = self.grouped
         places = self.aligned_rows(alignment)
-        if len(rows) < self.num_aligned(alignment):
+        if len(rows) < self.num_aligned(alignment) or not self._has_at(places, rows, scales):
             return False
-        for rank in range(self.rank.size):
-            own = token // self.case.tokens == rank
-            if not _same(rows[places[own]], _bits(self.rows_of(rank)[token[own] % self.case.tokens])):
-                return False
         padding = torch.ones(self.num_aligned(alignment), dtype=torch.bool, device=rows.device)
         padding[places] = False
-        return not bool(rows[: len(padding)][padding].any())
+        return not bool(_bits(rows)[: len(padding)][padding].any())
+
+    def has_slabs(self, slabs: Tensor, scales: Tensor | None = None) -> bool:
+        """Whether slabs [e, R * T, H] begin with what this rank must get; the rest of each may hold anything."""
+        return self._has_at(self.slab_rows(), slabs.flatten(0, 1), scales)
+
+    def _has_at(self, places: Tensor, rows: Tensor, scales: Tensor | None) -> bool:
+        """Whether the rows of ``grouped`` are at their places."""
+        token, _ = self.grouped
+        bits = _bits(rows)
+        for rank in range(self.rank.size):
+            own = token // self.case.tokens == rank
+            at = places[own]
+            of_source = None if scales is None else scales[at]
+            if not self._has_rows_of(rank, token[own] % self.case.tokens, bits[at], of_source):
+                return False
+        return True
+
+    def _has_rows_of(self, rank: int, token: Tensor, rows: Tensor, scales: Tensor | None) -> bool:
+        """Whether rows, or their bits, are those of a source's tokens; with scales in fp8."""
+        want = self.rows_of(rank)
+        if scales is None:
+            return torch.equal(_bits(rows), _bits(want)[token])
+        cast, want_scales = cast_fp8(want)
+        return torch.equal(_bits(rows), _bits(cast)[token]) and torch.equal(scales, want_scales[token])
 
     def num_aligned(self, alignment: int) -> int:
         """Rows of this rank's groups."""
@@ -138,9 +159,15 @@ class Inputs:
 
     def grouped_outputs(self, rows: Tensor, alignment: int) -> Tensor:
         """What experts might make of grouped rows: each expert its own multiple; no NaN where there is no row."""
+        return self._outputs_at(self.aligned_rows(alignment), rows)
+
+    def slab_outputs(self, slabs: Tensor) -> Tensor:
+        """The same of slabs [e, R * T, H]."""
+        return self._outputs_at(self.slab_rows(), slabs.flatten(0, 1)).view_as(slabs)
+
+    def _outputs_at(self, places: Tensor, rows: Tensor) -> Tensor:
         token, k = self.grouped
         out = torch.zeros_like(rows)
-        places = self.aligned_rows(alignment)
         out[places] = rows[places] * _factor(self.all_ids[token, k]).unsqueeze(1)
         return out
 
@@ -151,7 +178,7 @@ class Inputs:
         return self._is_sum(out, terms)
 
     def has_grouped_sums(self, out: Tensor) -> bool:
-        """Whether a weighted combine of ``grouped_outputs`` is right."""
+        """Whether a weighted combine of ``grouped_outputs``, or of ``slab_outputs``, is right."""
 
         def term(k: int) -> Tensor:
             ids, weights = self.topk_idx[:, k], self.topk_weights[:, k] * (self.topk_idx[:, k] >= 0)
@@ -182,13 +209,20 @@ def cast_fp8(rows: Tensor) -> Fp8Rows:
     return (groups / scales.unsqueeze(2)).to(FP8_DTYPE).view(rows.shape), scales
 
 
+def pack_fp8(rows: Fp8Rows) -> Tensor:
+    """fp8 rows and their scales side by side, in wide words: gathering single bytes would be slow."""
+    return torch.cat([part.view(torch.uint8) for part in rows], dim=1).view(torch.int32)
+
+
+def unpack_fp8(packed: Tensor, hidden: int) -> Fp8Rows:
+    """Inverse of :func:`pack_fp8`."""
+    words = packed.contiguous().view(torch.uint8)
+    return words[:, :hidden].contiguous().view(FP8_DTYPE), words[:, hidden:].contiguous().view(torch.float32)
+
+
 def _factor(expert: Tensor) -> Tensor:
     return (1 + expert % _NUM_FACTORS).to(torch.bfloat16)
 
 
 def _bits(rows: Tensor) -> Tensor:
     return rows.contiguous().view(torch.uint8)
-
-
-def _same(rows: Tensor, bits: Tensor) -> bool:
-    return torch.equal(_bits(rows), bits)
