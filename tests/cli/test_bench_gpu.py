@@ -9,12 +9,19 @@ from moe_ep.cli.bench.cases import Case, Shape
 from moe_ep.cli.bench.gpu import PARTS, check_ranks, require_kernels, settings_from
 from moe_ep.cli.bench.gpu.baselines import GatherAll, NcclTimes, RowsOnce
 from moe_ep.cli.bench.gpu.context import fill_nan, make_row, payload_of
+from moe_ep.cli.bench.gpu.decode import DECODE_LAYOUTS, PAIR, decode_tokens, nccl_way, our_way
 from moe_ep.cli.bench.gpu.exchange import expert_outputs, has_sums, is_right
 from moe_ep.cli.bench.gpu.floor import aligned, offsets
 from moe_ep.cli.bench.gpu.inputs import ALIGNMENT, Inputs, cast_fp8, pack_fp8, unpack_fp8
 from moe_ep.cli.bench.gpu.overlap import hidden_share
-from moe_ep.cli.bench.gpu.report import COLUMNS, curve_rows, sweep_rows, table_row, write_plot
-from moe_ep.cli.bench.gpu.timer import Timing
+from moe_ep.cli.bench.gpu.report import (
+    COLUMNS,
+    curve_rows,
+    sweep_rows,
+    table_row,
+    write_plot,
+)
+from moe_ep.cli.bench.gpu.timer import CALLS_IN_GRAPH, GRAPH_MODE, Timing, in_a_row
 from moe_ep.cli.bench.gpu.traffic import count_traffic, row_bytes_of, visits
 from moe_ep.cli.bench.report import build_report, markdown_report, print_report, write_json
 from moe_ep.cli.bench.timing import Rank
@@ -201,6 +208,49 @@ def test_baselines_are_right(ranks, num_ranks, tokens):
         assert all(found.values()), found
 
 
+# Decoding
+
+
+@torch.no_grad()
+def check_pairs(ctx, case, name):
+    inputs = Inputs(Rank(group=ctx.group, device=CPU), case)
+    way = nccl_way(inputs) if name == "nccl" else our_way(make_dispatcher(ctx, case, name), inputs)
+    found = {}
+    for dtype in (torch.bfloat16, FP8_DTYPE):
+        rows, other_rows = way.rows(inputs.x, dtype), way.rows(-inputs.x, dtype)
+        found[dtype, "right"] = way.is_right_pair(dtype, way.pair(rows, way.y))
+        routed, sums = way.pair(other_rows, -way.y)
+        # A rank that gets no rows has nothing to tell apart.
+        found[dtype, "others differ"] = not (inputs.traffic.choices[ctx.rank] and way.is_right(dtype, routed))
+        found[dtype, "other sums differ"] = not way.has_sums(sums)
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 24])
+@pytest.mark.parametrize("name", [*DECODE_LAYOUTS, "nccl"])
+def test_only_the_last_pair_of_a_graph_passes(ranks, name, tokens):
+    for found in ranks(2, check_pairs, make_case(2, tokens=tokens), name):
+        assert all(found.values()), found
+
+
+def test_a_single_rank_decodes(ranks):
+    for layout in DECODE_LAYOUTS:
+        (found,) = ranks(1, check_pairs, make_case(1), layout)
+        assert all(found.values()), (layout, found)
+
+
+def test_calls_in_a_row_return_what_the_last_one_does():
+    calls = []
+    run = in_a_row(lambda: calls.append("last") or "result", lambda: calls.append("other"))
+    assert run() == "result"
+    assert calls == ["other"] * (CALLS_IN_GRAPH - 1) + ["last"]
+
+
+def test_times_of_a_graph_are_shared_and_added():
+    assert TIMING.of_each(20) == Timing(max_us=10.0, mean_us=7.5)
+    assert TIMING.plus(TIMING) == Timing(max_us=400.0, mean_us=300.0)
+
+
 def test_fp8_cast_keeps_values():
     rows = torch.randn(5, 256).to(torch.bfloat16)
     cast, scales = cast_fp8(rows)
@@ -214,6 +264,18 @@ def test_poison_is_nan_in_every_dtype():
     fill_nan(tensors)
     assert all(bool(tensor.float().isnan().all()) for tensor in tensors)
     assert len(payload_of((tensors[0], torch.zeros(1, dtype=torch.int64), [1]))) == 1
+
+
+@torch.no_grad()
+def count_payload(ctx, case):
+    inputs = Inputs(Rank(group=ctx.group, device=CPU), case)
+    way = our_way(make_dispatcher(ctx, case, "expanded"), inputs)
+    return [len(payload_of(way.pair(way.rows(inputs.x, dtype), way.y))) for dtype in (torch.bfloat16, FP8_DTYPE)]
+
+
+def test_payload_of_a_pair(ranks):
+    # Rows, weights and sums; fp8 rows have scales.
+    assert ranks(1, count_payload, make_case(1)) == [[3, 4]]
 
 
 # Settings
@@ -238,6 +300,12 @@ def test_parts_and_sizes_are_chosen():
     assert len(quick.routings) == 1
 
 
+def test_decoding_takes_few_tokens():
+    assert decode_tokens(settings_from(parse("--part", "decode")).tokens) == (1, 8, 32, 128, 512)
+    assert decode_tokens(settings_from(parse("--quick")).tokens) == (32,)
+    assert settings_from(parse("--tokens", "4096")).parts == PARTS
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -246,6 +314,7 @@ def test_parts_and_sizes_are_chosen():
         (["--device", "cpu"], "device=cpu"),
         (["--tokens", "0"], "tokens=0"),
         (["--pairs", "0"], "pairs=0"),
+        (["--part", "decode", "--tokens", "4096"], "up to 512 tokens"),
         (["--shapes", "64:2:8", "32:2:8"], "one shape"),
     ],
 )
@@ -300,6 +369,14 @@ def test_rows_have_the_keys_of_results(traffic):
     assert (row["ratio_to_floor"], row["nccl_us"], row["dtype"]) == (2.0, 300.0, "bfloat16")
     assert gpu_row(traffic, with_rates=False)["wire_gbps"] is None
     assert set(gpu_row(traffic, host_us=3.0, sm_budget=None)) == RESULT_KEYS | {"mode", "host_us"}
+
+
+def test_pairs_carry_bytes_of_both_ways(traffic):
+    row = gpu_row(traffic, op=PAIR, mode=GRAPH_MODE, dtype=FP8_DTYPE, dtype_home=torch.bfloat16)
+    assert set(row) == RESULT_KEYS | {"mode"}
+    # 256 channels: fp8 with two scales, and bf16.
+    assert row["wire_bytes"] == 2 * (256 + 2 * 4 + 512)
+    assert row["dtype"] == "float8_e4m3fn"
 
 
 def test_the_best_of_nccl_counts():

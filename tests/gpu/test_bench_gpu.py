@@ -25,16 +25,16 @@ def run_bench(path: Path, ranks: int, parts: list[str]) -> list[dict]:
 
 
 def test_a_single_rank_is_measured(tmp_path: Path) -> None:
-    rows = run_bench(tmp_path / "results.json", 1, ["sweep", "sms"])
-    assert {row["mode"] for row in rows} == {"exact", "capacity", "replay"}
-    assert {row["op"] for row in rows} == {"dispatch", "combine"}
+    rows = run_bench(tmp_path / "results.json", 1, ["sweep", "decode", "sms"])
+    assert {row["mode"] for row in rows} == {"exact", "capacity", "replay", "graph of 20"}
+    assert {row["op"] for row in rows} == {"dispatch", "combine", "decode_pair"}
     if torch.cuda.get_device_capability() >= (9, 0):
         assert all(row["floor_us"] > 0 for row in rows)
 
 
 @pytest.mark.multi_gpu(2)
 def test_all_parts_on_two_ranks(tmp_path: Path) -> None:
-    rows = run_bench(tmp_path / "results.json", 2, ["sweep", "sms", "laps", "overlap", "layer"])
+    rows = run_bench(tmp_path / "results.json", 2, ["sweep", "decode", "sms", "laps", "overlap", "layer"])
     ours = [row for row in rows if row["backend"] == "cuda"]
     assert {row["op"] for row in ours} >= {"dispatch", "combine", "dispatch_beside_gemm", "moe_layer"}
     assert {row["laps"] for row in ours if "laps" in row} == {1, 2}
@@ -42,3 +42,11 @@ def test_all_parts_on_two_ranks(tmp_path: Path) -> None:
     assert [(row["mode"], row["num_sms"]) for row in in_arena] == [("arena", 8), ("arena capacity", 8)]
     assert all(row["nccl_us"] > 0 for row in ours if "host_us" in row)
     assert any(row["backend"] == "nccl_reduce_scatter" for row in rows)
+    pairs = [row for row in ours if row["op"] == "decode_pair"]
+    dtypes = ("bfloat16", "float8_e4m3fn")
+    assert {(row["layout"], row["dtype"]) for row in pairs} == {
+        (layout, dtype) for layout in ("compact", "expanded", "slab") for dtype in dtypes
+    }
+    assert all(row["nccl_us"] > 0 for row in ours if row["mode"] == "graph of 20")
+    nccl = [row for row in rows if row["backend"] == "nccl_all_gather_reduce_scatter"]
+    assert [row["dtype"] for row in nccl] == list(dtypes)

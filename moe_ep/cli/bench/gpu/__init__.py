@@ -10,9 +10,10 @@ import torch
 
 from moe_ep.backends.cuda import load_extension
 from moe_ep.cli.bench.cases import Shape, check_shape
-from moe_ep.cli.bench.gpu.baselines import measure_baselines
+from moe_ep.cli.bench.gpu.baselines import MOST_CAPTURED_TOKENS, measure_baselines
 from moe_ep.cli.bench.gpu.context import Context, Settings
 from moe_ep.cli.bench.gpu.curves import measure_laps, measure_sms
+from moe_ep.cli.bench.gpu.decode import decode_tokens, measure_decode
 from moe_ep.cli.bench.gpu.exchange import measure_case
 from moe_ep.cli.bench.gpu.layer import measure_layer
 from moe_ep.cli.bench.gpu.overlap import measure_overlap
@@ -20,7 +21,7 @@ from moe_ep.cli.bench.launch import launch, pick_device, run_in_world, under_tor
 from moe_ep.cli.bench.timing import Rank
 from moe_ep.errors import NotBuiltError
 
-PARTS = ("sweep", "sms", "laps", "overlap", "layer")
+PARTS = ("sweep", "decode", "sms", "laps", "overlap", "layer")
 DEFAULT_SHAPE = "7168:8:256"
 DEFAULT_TOKENS = (1, 8, 32, 128, 512, 1024, 4096, 8192)
 DEFAULT_ROUTINGS = ("uniform", "zipf")
@@ -99,6 +100,10 @@ def settings_from(args: argparse.Namespace) -> Settings:
     for count in tokens:
         if count < 1:
             raise ValueError(f"tokens={count} must be 1 or more")
+    if "decode" in (args.part or ()) and not decode_tokens(tokens):
+        raise ValueError(
+            f"part=decode measures up to {MOST_CAPTURED_TOKENS} tokens per rank: give one such number with --tokens"
+        )
     repeats = args.pairs if args.pairs is not None else QUICK_REPEATS if quick else DEFAULT_REPEATS
     if repeats < 1:
         raise ValueError(f"pairs={repeats} must be 1 or more; 20 gives a usable median")
@@ -146,7 +151,13 @@ def take_parts(rank: Rank, settings: Settings) -> list[dict[str, Any]]:
                 measure_case(context, inputs, measure_baselines(context, inputs))
                 del inputs
                 torch.cuda.empty_cache()
-    others = {"sms": measure_sms, "laps": measure_laps, "overlap": measure_overlap, "layer": measure_layer}
+    others = {
+        "decode": measure_decode,
+        "sms": measure_sms,
+        "laps": measure_laps,
+        "overlap": measure_overlap,
+        "layer": measure_layer,
+    }
     for part, run in others.items():
         if part in settings.parts:
             tell(part)

@@ -17,6 +17,7 @@ from moe_ep.cli.bench.gpu.traffic import row_bytes_of
 from moe_ep.cli.bench.timing import Rank
 from moe_ep.config import Capacity
 from moe_ep.dispatcher import TokenDispatcher
+from moe_ep.results import Dispatched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class Settings:
     Attributes:
         parts: of ``PARTS``.
         shape: H, K and E.
-        tokens: T of the sweep.
-        routings: of the sweep.
+        tokens: T of the sweep, and of decoding as far as that has so many.
+        routings: of the sweep; the first one is that of decoding.
         curve_tokens: T of everything else.
         sm_counts: of the SM curve.
         laps: into how many rounds of the rings the arena forces an exchange.
@@ -83,8 +84,11 @@ class Context:
         num_sms: int | None = None,
         sm_budget: int | None = None,
     ) -> TokenDispatcher:
-        """A dispatcher for a case; experts weight compact rows, combine weights expanded ones. Collective."""
-        compact, shape = layout == "compact", inputs.case.shape
+        """A dispatcher for a case; experts weight compact rows, combine weights the others. Collective.
+
+        Slabs have room for every row, and take no other capacity.
+        """
+        compact, slab, shape = layout == "compact", layout == "slab", inputs.case.shape
         rows = max(*(inputs.traffic.received if compact else inputs.traffic.expanded), 1)
         if not compact:
             # Room for the padding of every local expert's rows.
@@ -95,19 +99,21 @@ class Context:
             hidden_size=shape.hidden,
             top_k=shape.top_k,
             layout=layout,
-            alignment=1 if compact else ALIGNMENT,
+            alignment=ALIGNMENT if layout == "expanded" else 1,
             weights="experts" if compact else "combine",
-            capacity=Capacity(rows=rows) if with_capacity else None,
-            max_tokens_per_rank=inputs.case.tokens if with_capacity else None,
+            capacity=Capacity(rows=rows) if with_capacity and not slab else None,
+            max_tokens_per_rank=inputs.case.tokens if with_capacity or slab else None,
             buffer=buffer or self.buffer,
             num_sms=num_sms,
             sm_budget=sm_budget,
         )
 
-    def floor_of(self, inputs: Inputs, dtype: torch.dtype, *, reverse: bool = False) -> Timing | None:
-        """The floor of a dispatch, or reversed of a combine. Collective."""
+    def floor_of(
+        self, inputs: Inputs, dtype: torch.dtype, *, reverse: bool = False, in_graph: bool = False
+    ) -> Timing | None:
+        """The floor of a dispatch, or reversed of a combine; alone, or among others in a graph. Collective."""
         row_bytes = row_bytes_of(dtype, inputs.case.shape.hidden)
-        return self.floor.time(inputs.traffic.pushed_bytes(row_bytes, reverse=reverse))
+        return self.floor.time(inputs.traffic.pushed_bytes(row_bytes, reverse=reverse), in_graph=in_graph)
 
     def num_sms(self, op: str, layout: str, asked: int | None = None) -> int:
         """SMs of a dispatch to a layout, or of a combine from it."""
@@ -128,6 +134,7 @@ def make_row(
     mode: str,
     timing: Timing,
     dtype: torch.dtype = torch.bfloat16,
+    dtype_home: torch.dtype | None = None,
     backend: str = "cuda",
     num_sms: int | None = None,
     floor: Timing | None = None,
@@ -143,9 +150,10 @@ def make_row(
         op: its name.
         layout: of the rows.
         mode: ``"exact"``, ``"capacity"`` (captured in a graph) or ``"replay"``; ``"arena"`` and ``"arena capacity"``
-            where rows stay in the arena.
+            where rows stay in the arena; ``GRAPH_MODE`` for one of many captured in one graph.
         timing: of the whole call.
         dtype: of the rows.
+        dtype_home: of rows that go home in the same time.
         backend: ``"cuda"``, or how NCCL does it.
         num_sms: SMs of the exchange's kernels.
         floor: time of its bytes alone.
@@ -153,7 +161,7 @@ def make_row(
         with_rates: whether the time is that of one exchange alone, so that bytes over it say something.
         **measured: further keys, left out where None.
     """
-    row_bytes = row_bytes_of(dtype, case.shape.hidden)
+    row_bytes = sum(row_bytes_of(one, case.shape.hidden) for one in (dtype, dtype_home) if one is not None)
     wire, logical, time_us = traffic.wire_bytes(row_bytes), traffic.logical_bytes(row_bytes), timing.max_us
     row = {
         "op": op,
@@ -197,10 +205,11 @@ def fill_nan(tensors: Sequence[Tensor]) -> None:
 
 
 def payload_of(result: Any) -> list[Tensor]:
-    """Rows, scales and weights of what a dispatch or a combine returned."""
+    """Rows, scales and weights of what a dispatch, a combine or both returned; numbers are none."""
     if isinstance(result, Tensor):
-        return [result]
+        return [] if result.dtype == torch.int64 else [result]
     if isinstance(result, tuple):
-        return [part for part in result if isinstance(part, Tensor) and part.is_floating_point()]
-    parts = (result.x, result.scales, result.weights)
-    return [part for part in parts if part is not None]
+        return [tensor for part in result for tensor in payload_of(part)]
+    if isinstance(result, Dispatched):
+        return payload_of((result.x, result.scales, result.weights))
+    return []

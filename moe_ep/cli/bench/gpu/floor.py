@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_ep.backends.cuda import load_extension
 from moe_ep.backends.cuda_exchange import CudaBackend
 from moe_ep.backends.sharing import share
-from moe_ep.cli.bench.gpu.timer import Stopwatch, Timing
+from moe_ep.cli.bench.gpu.timer import CALLS_IN_GRAPH, Call, Captured, Stopwatch, Timing, in_a_row
 
 _ALIGNMENT = 128
 _HOPPER = (9, 0)
@@ -48,23 +48,27 @@ class Floor:
         self._arena: Any = None
         self._addresses: list[int] = []
         self._source = torch.empty(0, dtype=torch.uint8, device=device)
-        self._known: dict[Bytes, Timing] = {}
+        self._known: dict[tuple[Bytes, bool], Timing] = {}
 
-    def time(self, table: Bytes) -> Timing | None:
+    def time(self, table: Bytes, *, in_graph: bool = False) -> Timing | None:
         """Time of pushing ``table[source][target]`` bytes, all ranks at once; None on GPUs without bulk copies.
+
+        Args:
+            table: the bytes.
+            in_graph: for the time of one push among ``CALLS_IN_GRAPH`` in a CUDA graph.
 
         Raises:
             MoeEpError: on all ranks, when bytes did not arrive.
         """
         if not self.works or not any(map(any, table)):
             return None
-        if table not in self._known:
+        if (table, in_graph) not in self._known:
             self._reserve(table)
             self._check(table)
-            self._known[table] = self._watch.time(lambda: self._push(table))
+            self._known[table, in_graph] = self._time(lambda: self._push(table), in_graph)
             # Nobody may push other bytes while some are under way.
             self._watch.barrier()
-        return self._known[table]
+        return self._known[table, in_graph]
 
     def close(self) -> None:
         """Give the memory back."""
@@ -73,6 +77,11 @@ class Floor:
             self._arena.close()
         self._arena, self._addresses = None, []
         self._watch.barrier()
+
+    def _time(self, push: Call, in_graph: bool) -> Timing:
+        if not in_graph:
+            return self._watch.time(push)
+        return self._watch.time(Captured(in_a_row(push, push))).of_each(CALLS_IN_GRAPH)
 
     def _push(self, table: Bytes) -> None:
         rank, places = self._watch.rank.rank, offsets(table)

@@ -10,6 +10,9 @@ from moe_ep.cli.bench.timing import FLUSH_BYTES, Rank, gather_times, line_up
 from moe_ep.errors import MoeEpError
 
 WARMUP = 5
+# Starting a graph takes about as long as a whole exchange of few tokens; among so many it hardly counts.
+CALLS_IN_GRAPH = 20
+GRAPH_MODE = f"graph of {CALLS_IN_GRAPH}"
 
 Call = Callable[[], object]
 
@@ -20,6 +23,14 @@ class Timing:
 
     max_us: float
     mean_us: float
+
+    def of_each(self, calls: int) -> "Timing":
+        """Time of one of so many equal calls that were timed as one."""
+        return Timing(max_us=self.max_us / calls, mean_us=self.mean_us / calls)
+
+    def plus(self, other: "Timing") -> "Timing":
+        """Time of both, one after the other."""
+        return Timing(max_us=self.max_us + other.max_us, mean_us=self.mean_us + other.mean_us)
 
 
 class Stopwatch:
@@ -86,6 +97,17 @@ class Stopwatch:
     def _gather(self, times: list[float]) -> Timing:
         medians = gather_times(torch.tensor(times, dtype=torch.float64), self.rank).quantile(0.5, dim=1)
         return Timing(max_us=float(medians.max()), mean_us=float(medians.mean()))
+
+
+def in_a_row(last: Call, others: Call) -> Call:
+    """``CALLS_IN_GRAPH`` calls as one, which returns what the last one does; results of the others are let go."""
+
+    def run() -> object:
+        for _ in range(CALLS_IN_GRAPH - 1):
+            others()
+        return last()
+
+    return run
 
 
 class Captured:
