@@ -16,7 +16,11 @@ from moe_ep.cli.bench.gpu.inputs import ALIGNMENT, Inputs, cast_fp8, pack_fp8, u
 from moe_ep.cli.bench.gpu.overlap import hidden_share
 from moe_ep.cli.bench.gpu.report import (
     COLUMNS,
+    DECODE_COLUMNS,
+    DECODE_TITLE,
     curve_rows,
+    decode_table,
+    pair_rows,
     sweep_rows,
     table_row,
     write_plot,
@@ -394,6 +398,48 @@ def test_hidden_share():
     assert hidden_share(together_us=1500.0, other_us=1400.0, exchange_us=500.0) == pytest.approx(0.8)
 
 
+def decode_rows(traffic):
+    rows = []
+    for tokens in (1, 32):
+        common = {"mode": GRAPH_MODE, "tokens": tokens}
+        for dtype in (torch.bfloat16, FP8_DTYPE):
+            nccl = {"backend": "nccl_all_gather_reduce_scatter", "layout": "expanded", "floor": None, "nccl_us": None}
+            rows.append(gpu_row(traffic, op=PAIR, dtype=dtype, **common, **nccl, num_sms=None))
+            rows.append(gpu_row(traffic, op=PAIR, dtype=dtype, **common))
+            half = Timing(max_us=70.0, mean_us=60.0)
+            rows.append(gpu_row(traffic, timing=half, dtype=dtype, nccl_us=90.0, **common))
+        rows.append(gpu_row(traffic, op="combine", timing=Timing(max_us=80.0, mean_us=75.0), **common))
+    return rows
+
+
+def test_table_of_pairs(traffic, capsys):
+    rows = decode_rows(traffic)
+    table = decode_table(rows)
+    cases = [(tokens, dtype) for tokens in ("1", "32") for dtype in ("bf16", "fp8")]
+    assert [row[:4] for row in table] == [["compact", dtype, "2", tokens] for tokens, dtype in cases]
+    for row in table:
+        assert len(row) == len(DECODE_COLUMNS)
+        assert row[5:] == ["200.0", "300.0", "1.50", "70.0", "90.0", "80.0", "300.0", "100.0"]
+    # A part of the rows still makes a table, and no rows make none.
+    alone = decode_table([gpu_row(traffic, op=PAIR, mode=GRAPH_MODE, nccl_us=None, floor=None)])
+    assert alone[0][5:] == ["200.0", "", "", "", "", "", "", ""]
+    assert decode_table(many_rows(traffic)) == []
+    print_report(build_report(rows))
+    assert DECODE_TITLE in capsys.readouterr().out
+    markdown = markdown_report(build_report(rows))
+    assert "| decode_pair | compact | fp8 | graph of 20 | cuda |" in markdown
+    assert "| compact | fp8 | 2 | 32 | uniform | 200.0 | 300.0 | 1.50 |" in markdown
+    assert DECODE_TITLE not in markdown_report(build_report(many_rows(traffic)))
+
+
+def test_graphs_of_many_stay_out_of_other_curves(traffic):
+    rows = many_rows(traffic) + decode_rows(traffic)
+    for op in ("dispatch", "combine"):
+        assert sweep_rows(rows, op) == sweep_rows(many_rows(traffic), op)
+    assert curve_rows(rows) == curve_rows(many_rows(traffic))
+    assert {row["backend"] for row in pair_rows(rows)} == {"cuda", "nccl_all_gather_reduce_scatter"}
+
+
 def many_rows(traffic):
     rows = [gpu_row(traffic, tokens=tokens, op=op) for tokens in (1, 128, 4096) for op in ("dispatch", "combine")]
     rows += [gpu_row(traffic, tokens=4096, num_sms=num_sms, mode="capacity") for num_sms in (4, 8, 16, 64)]
@@ -431,5 +477,5 @@ def test_curves_take_their_rows(traffic):
 @pytest.mark.parametrize("empty", [False, True])
 def test_plot(traffic, tmp_path, empty):
     pytest.importorskip("matplotlib")
-    write_plot([] if empty else many_rows(traffic), tmp_path / "plot.png")
+    write_plot([] if empty else many_rows(traffic) + decode_rows(traffic), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

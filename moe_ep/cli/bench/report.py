@@ -97,11 +97,17 @@ def print_report(report: dict) -> None:
     else:
         title += "ratio = ours / usual, below 1 is faster"
     print_table(title, *_table(report))
+    pairs = _decode_table(report)
+    if pairs:
+        print_table(gpu_report.DECODE_TITLE, gpu_report.DECODE_COLUMNS, pairs)
 
 
 def markdown_report(report: dict) -> str:
-    """The same table for a document."""
-    return markdown_table(*_table(report))
+    """The same for a document."""
+    table, pairs = markdown_table(*_table(report)), _decode_table(report)
+    if not pairs:
+        return table
+    return f"{table}\n{gpu_report.DECODE_TITLE}:\n\n{markdown_table(gpu_report.DECODE_COLUMNS, pairs)}"
 
 
 def _table(report: dict) -> tuple[Sequence[str], list[list[str]]]:
@@ -109,6 +115,10 @@ def _table(report: dict) -> tuple[Sequence[str], list[list[str]]]:
     if _is_of_gpus(report):
         return gpu_report.COLUMNS, [gpu_report.table_row(row) for row in report["rows"]]
     return COLUMNS, [table_row(row) for row in report["rows"]]
+
+
+def _decode_table(report: dict) -> list[list[str]]:
+    return gpu_report.decode_table(report["rows"]) if _is_of_gpus(report) else []
 
 
 def _is_of_gpus(report: dict) -> bool:
