@@ -119,12 +119,14 @@ def test_workspace_is_measured_from_the_shape():
         return params.workspace_bytes
 
     columns_bytes = (60 + 4) * 4
-    # Eight warps of a block take 32 tokens each; the last block writes totals, so there is always one.
-    assert workspace_bytes(0) == workspace_bytes(1) == workspace_bytes(256) == columns_bytes
-    assert workspace_bytes(257) == 2 * columns_bytes
-    # Chunks grow with T, so that the blocks whose counts are added up stay few.
-    assert workspace_bytes(512 * 32) == 64 * columns_bytes
-    assert workspace_bytes(512 * 32 + 1) == 33 * columns_bytes
+    # Sixteen warps of a block take eight tokens each; the last block writes totals, so there is always one.
+    assert workspace_bytes(0) == workspace_bytes(1) == workspace_bytes(128) == columns_bytes
+    assert workspace_bytes(129) == 2 * columns_bytes
+    # Chunks grow with T, so that the blocks whose counts are added up stay few: to 32 tokens in 16 blocks, then in 64.
+    assert workspace_bytes(2048) == workspace_bytes(4096) == workspace_bytes(8192) == 16 * columns_bytes
+    assert workspace_bytes(2049) == workspace_bytes(4097) == 9 * columns_bytes
+    assert workspace_bytes(1024 * 32) == 64 * columns_bytes
+    assert workspace_bytes(1024 * 32 + 1) == 33 * columns_bytes
 
 
 def test_small_workspace_is_refused_or_no_kernels_are_built():

@@ -16,7 +16,7 @@ import pytest
 from build_tools.toolkit import find_nvcc, nvcc_host_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("open", "dispatch", "combine")
+KERNELS = ("open", "count", "dispatch", "combine")
 ACQUIRE = re.compile(r"\bld\.acquire\.sys\b")
 FENCE = re.compile(r"\bfence\.proxy\.async\.global\b")
 BULK = re.compile(r"\bcp\.async\.bulk\.(shared|global)")

@@ -101,9 +101,10 @@ void fill_header(int32_t* words, const std::vector<int32_t>& header) {
 }
 
 void open_exchange(Channel& channel, const std::vector<int32_t>& header, uintptr_t stream) {
-    OpenParams params{};
-    fill_header(params.header, header);
-    channel.open(params, device_pointer<void>(stream));
+    Opening opening{};
+    opening.opens = 1;
+    fill_header(opening.header, header);
+    channel.open(opening, device_pointer<void>(stream));
 }
 
 py::object trouble(const Channel& channel) {

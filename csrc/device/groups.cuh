@@ -15,12 +15,40 @@ struct Worker {
     int64_t first, stride;
 };
 
+// How groups are cut where there are few of them, so that all warps have a part: into tokens, and rows into slices of
+// equal width. Every unit is sent and flagged on its own. The same on all ranks.
+struct Cut {
+    static constexpr int kMaxUnits = 16;    // of a group
+    static constexpr int kMinVectors = 64;  // of a slice
+
+    int parts = 1, slices = 1;
+
+    // `num_vectors`: of a row; 0 where rows stay whole. In laps groups are whole, as the places that are freed.
+    __device__ Cut(int64_t num_groups, int64_t ring_groups, int64_t num_vectors, int wanted_units) {
+        if (num_groups > ring_groups) return;
+        const int64_t most = min(static_cast<int64_t>(kMaxUnits), kMaxRingGroups / max(num_groups, int64_t{1}));
+        while (num_groups * parts < wanted_units && parts < kChunkTokens && 2 * parts <= most) parts *= 2;
+        while (num_groups * units() < wanted_units && 2 * units() <= most && num_vectors % (2 * slices) == 0 &&
+               num_vectors >= 2 * slices * kMinVectors) {
+            slices *= 2;
+        }
+    }
+
+    __device__ int units() const { return parts * slices; }
+    __device__ int part_tokens() const { return kChunkTokens / parts; }
+    // The tokens of a chunk that a unit has, a bit each.
+    __device__ uint32_t tokens(int unit) const {
+        return ((1u << part_tokens()) - 1) << (unit / slices * part_tokens());
+    }
+    __device__ int slice(int unit) const { return unit % slices; }
+};
+
 // Hands out pieces of the current exchange's work on this GPU, each to one warp, in order; opening an exchange starts
 // anew. What is done with a piece depends on its number alone, so that it does not matter to the bits who takes it. A
 // warp asks for its next piece before it works on one: pieces that it holds wait for none that come later.
 class Tickets {
 public:
-    __device__ explicit Tickets(const Link& link) : counter_(&link.state->ticket) { ask(); }
+    __device__ Tickets(const Link& link, uint64_t epoch) : counter_(link.state->tickets_of(epoch)) { ask(); }
 
     // The piece that was asked for last. Called by a whole warp.
     __device__ int64_t get() const { return __shfl_sync(kAllLanes, next_, 0); }

@@ -30,17 +30,26 @@ __device__ __forceinline__ bool has_failed(const Link& link) {
     return ptx::load_relaxed_gpu(&link.state->failed) != 0;
 }
 
-// Stops this rank's kernels; the first to come here tells the host.
-__device__ inline void report(const Link& link, Trouble trouble, int peer, Phase phase, uint64_t expected,
-                              uint64_t seen, const int32_t* theirs = nullptr, const int32_t* mine = nullptr) {
+// A message of an opening exchange comes word by word, each with the low half of the exchange's number.
+__device__ __forceinline__ bool is_of_exchange(uint64_t stamped, uint64_t epoch) {
+    return static_cast<uint32_t>(stamped >> 32) == static_cast<uint32_t>(epoch);
+}
+
+// What is rarely run is kept out of line: kernels of few rows take as long as their code takes to load.
+
+// Stops this rank's kernels; the first to come here tells the host. `theirs`: words of an opening message.
+__device__ __noinline__ inline void report(const Link& link, Trouble trouble, int peer, Phase phase, uint64_t expected,
+                                           uint64_t seen, const uint64_t* theirs = nullptr,
+                                           const int32_t* mine = nullptr) {
     if (atomicExch(&link.state->failed, 1u) != 0) return;
     volatile StatusWords* status = link.status;
     status->peer = peer;
     status->phase = static_cast<int64_t>(phase);
     status->expected = static_cast<int64_t>(expected);
     status->seen = static_cast<int64_t>(seen);
+#pragma unroll 1
     for (int word = 0; word < kHeaderWords; ++word) {
-        status->theirs[word] = theirs == nullptr ? 0 : ptx::load_arena(theirs + word);
+        status->theirs[word] = theirs == nullptr ? 0 : static_cast<int32_t>(ptx::load_relaxed_sys(theirs + word));
         status->mine[word] = mine == nullptr ? 0 : mine[word];
     }
     // The host reads the rest once it has seen the trouble.
@@ -48,14 +57,20 @@ __device__ inline void report(const Link& link, Trouble trouble, int peer, Phase
     status->trouble = static_cast<int64_t>(trouble);
 }
 
-// Waits until a flag has reached a value; what was stored before it may then be read. Returns false when the exchange
-// has failed, here or elsewhere on this GPU.
-__device__ inline bool wait_for(const Link& link, const uint64_t* flag, uint64_t expected, int peer, Phase phase) {
-    uint64_t seen = ptx::load_acquire_sys(flag);
-    if (seen >= expected) return true;
+// The number of the exchange that a word of an opening message belongs to: of halves that are near each other, since
+// what was there before is of an exchange not long ago.
+__device__ inline uint64_t exchange_of(uint64_t stamped, uint64_t epoch) {
+    const uint32_t behind = static_cast<uint32_t>(epoch) - static_cast<uint32_t>(stamped >> 32);
+    return behind > epoch ? 0 : epoch - behind;
+}
+
+// Goes on waiting; see wait_for. While an exchange is opened, `flag` is a word of a message.
+__device__ __noinline__ inline bool wait_longer(const Link& link, const uint64_t* flag, uint64_t expected, int peer,
+                                                Phase phase) {
     const uint64_t start = ptx::global_nanoseconds();
     for (uint32_t turn = 1;; ++turn) {
-        seen = ptx::load_acquire_sys(flag);
+        uint64_t seen = ptx::load_acquire_sys(flag);
+        if (phase == Phase::kOpening) seen = exchange_of(seen, expected);
         if (seen >= expected) return true;
         if (turn % 32 != 0) continue;
         if (has_failed(link)) return false;
@@ -64,6 +79,13 @@ __device__ inline bool wait_for(const Link& link, const uint64_t* flag, uint64_t
             return false;
         }
     }
+}
+
+// Waits until a flag has reached a value; what was stored before it may then be read. Returns false when the exchange
+// has failed, here or elsewhere on this GPU.
+__device__ __forceinline__ bool wait_for(const Link& link, const uint64_t* flag, uint64_t expected, int peer,
+                                         Phase phase) {
+    return ptx::load_acquire_sys(flag) >= expected || wait_longer(link, flag, expected, peer, phase);
 }
 
 }  // namespace moe_ep::device

@@ -1,6 +1,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "device/opening.cuh"
 #include "host/checks.h"
 #include "host/cuda_check.h"
 #include "kernels/combine_sums.cuh"
@@ -17,6 +18,10 @@ namespace {
 using namespace combine;
 
 constexpr int kPartTokens = 2;
+// Above, more warps with smaller stages are faster.
+constexpr int64_t kManyChunks = 2048 / kChunkTokens;
+// Sums of several rows gain more from finer work than each unit costs.
+constexpr int kWantedUnits = 128, kWantedUnitsOfChoices = 2048;
 
 // Shared memory of one warp.
 template <class T, class Summer>
@@ -34,12 +39,15 @@ struct WarpShared {
     }
 };
 
-// A group whose stores are under way while the next one is summed: its flag follows once they are complete.
+// A group whose stores are under way while the next one is summed: its flag follows once they are complete. `kStores`:
+// of the next group that are issued before this one's are waited for.
+template <int kStores>
 struct PendingFlag {
-    static constexpr int kStores = 2;  // of the next group that are issued before this one's are waited for
     int peer = -1, num_stores = 0;
     int64_t slot = 0, lap = 0;
 
+    // Called after each store of the next group.
+    __device__ bool is_due() { return peer >= 0 && ++num_stores == kStores; }
     __device__ void raise(const Link& link, uint64_t epoch) {
         device::flag_group(link, epoch, peer, slot, lap);
         peer = -1;
@@ -49,28 +57,32 @@ struct PendingFlag {
 
 // Sums the rows of the groups that go to peers, and stores them there. Returns false when the exchange has failed.
 template <class T, class Summer>
-__device__ bool send_sums(const CombineParams& params, Batch<T>& batch, Summer& summer, Worker worker) {
+__device__ bool send_sums(const CombineParams& params, uint64_t epoch, const Cut& cut, Batch<T>& batch, Summer& summer,
+                          Worker worker) {
     const Link& link = params.link;
     const RecordDims dims{params.rows.row_bytes, params.rows.meta_words};
     const PlanTable table(params.rows.table, link.num_ranks, params.rows.num_experts);
     const int64_t ring_groups = num_ring_groups(link.payload_bytes, dims);
-    const uint64_t epoch = link.state->epoch;
     const int lane = threadIdx.x % kWarpSize, num_peers = link.num_ranks - 1;
-    PendingFlag pending;
+    constexpr int kStores = Summer::kPendingStores;
+    PendingFlag<kStores> pending;
     const auto flush = [&] {
         summer.drain();
         if (lane == 0 && pending.peer >= 0) pending.raise(link, epoch);
     };
     const auto stored = [&] {
-        if (pending.peer < 0 || ++pending.num_stores < PendingFlag::kStores) return;
-        Summer::template wait_older<PendingFlag::kStores>();
-        pending.raise(link, epoch);
+        if (pending.is_due()) {
+            Summer::template wait_older<kStores>();
+            pending.raise(link, epoch);
+        }
     };
-    BatchFiller<T> filler(params, batch);
-    const int64_t num_items = device::most_chunks(params.rows, table, link.num_ranks) * num_peers;
+    BatchFiller<T> filler(params, batch, cut);
+    const int units = cut.units();
+    const int64_t num_items = device::most_chunks(params.rows, table, link.num_ranks) * units * num_peers;
     for (int64_t item = worker.first; item < num_items; item += worker.stride) {
         const int peer = static_cast<int>((link.rank + 1 + item % num_peers) % link.num_ranks);
-        const int64_t chunk = item / num_peers, slot = chunk % ring_groups, lap = chunk / ring_groups;
+        const int unit = static_cast<int>(item / num_peers % units);
+        const int64_t chunk = item / num_peers / units, slot = chunk % ring_groups, lap = chunk / ring_groups;
         if (chunk >= num_chunks(table.source_tokens[peer])) continue;
         if (lap > 0) {
             const uint64_t* flag = device::consumed_flag(link, peer, link.rank, slot);
@@ -90,16 +102,19 @@ __device__ bool send_sums(const CombineParams& params, Batch<T>& batch, Summer& 
         const GroupLayout group =
             device::group_at(link, dims, peer, link.rank, device::sent_slot(link, slot, ring_groups));
         if (lane == 0 && device::has_fault(link, Fault::kEarlyFlag)) {
-            device::flag_group(link, epoch, peer, slot, lap);
+            device::flag_group(link, epoch, peer, slot * units + unit, lap);
             device::delay_fault();
         }
-        for (uint32_t left = device::has_fault(link, Fault::kSkippedRow) ? mask & (mask - 1) : mask; left != 0;
+        filler.set_slice(cut.slice(unit));
+        const uint32_t sent = mask & cut.tokens(unit);
+        for (uint32_t left = device::has_fault(link, Fault::kSkippedRow) ? sent & (sent - 1) : sent; left != 0;
              left &= left - 1) {
             const int idx = __ffs(left) - 1;
             const int64_t received = told[0] + __popc(mask & ((1u << idx) - 1));
-            filler.begin_token(group.rows.row(idx));
+            filler.begin_token(group.rows.row(idx), params.wide_wire != 0);
             filler.add_choices(received);
-            for (int word = lane; word < params.rows.top_k * params.value_words; word += kWarpSize) {
+            for (int word = lane; cut.slice(unit) == 0 && word < params.rows.top_k * params.value_words;
+                 word += kWarpSize) {
                 group.meta.row(idx)[word] =
                     load_value(params, received, word / params.value_words, word % params.value_words);
             }
@@ -116,7 +131,7 @@ __device__ bool send_sums(const CombineParams& params, Batch<T>& batch, Summer& 
                 pending.raise(link, epoch);
             }
             pending.peer = peer;
-            pending.slot = slot;
+            pending.slot = slot * units + unit;
             pending.lap = lap;
         }
     }
@@ -126,24 +141,29 @@ __device__ bool send_sums(const CombineParams& params, Batch<T>& batch, Summer& 
 
 // Adds up, for each of this rank's tokens, what all ranks have summed.
 template <class T, class Summer>
-__device__ void reduce_tokens(const CombineParams& params, Batch<T>& batch, Summer& summer) {
+__device__ void reduce_tokens(const CombineParams& params, uint64_t epoch, const Cut& cut, Batch<T>& batch,
+                              Summer& summer) {
     const Link& link = params.link;
     const RecordDims dims{params.rows.row_bytes, params.rows.meta_words};
     const int64_t ring_groups = num_ring_groups(link.payload_bytes, dims), total = num_chunks(params.rows.num_tokens);
-    const uint64_t epoch = link.state->epoch;
     const int lane = threadIdx.x % kWarpSize;
     // Work is cut finer than groups where no later lap needs their places, and the end is reached by all at once.
-    const int parts = total <= ring_groups ? kChunkTokens / kPartTokens : 1, part_tokens = kChunkTokens / parts;
-    BatchFiller<T> filler(params, batch);
-    device::Tickets tickets(link);
-    for (int64_t item = tickets.take(); item < total * parts; item = tickets.take()) {
-        const int64_t chunk = item / parts, slot = chunk % ring_groups, lap = chunk / ring_groups;
-        if (!wait_for_groups(link, epoch, slot, lap)) return;
+    const int parts = total <= ring_groups && cut.parts == 1 ? kChunkTokens / kPartTokens : cut.parts;
+    const int part_tokens = kChunkTokens / parts, units = parts * cut.slices;
+    BatchFiller<T> filler(params, batch, cut);
+    device::Tickets tickets(link, epoch);
+    for (int64_t item = tickets.take(); item < total * units; item = tickets.take()) {
+        const int64_t chunk = item / units, slot = chunk % ring_groups, lap = chunk / ring_groups;
+        const int part = static_cast<int>(item % units) / cut.slices, slice = static_cast<int>(item % cut.slices);
+        // A group that is not cut is flagged once, whatever parts it is reduced in.
+        const int64_t flag = slot * cut.units() + (cut.parts == 1 ? 0 : part * cut.slices) + slice;
+        if (!wait_for_groups(link, epoch, flag, lap)) return;
         // Rows that were acquired through flags are read by the copy engine.
         Summer::fence_arena();
         const int32_t* told = params.rows.groups + (link.rank * params.rows.max_chunks + chunk) * 2;
         const auto own_mask = static_cast<uint32_t>(told[1]);
-        const int first = static_cast<int>(item % parts) * part_tokens;
+        const int first = part * part_tokens;
+        filler.set_slice(slice);
         const auto last = static_cast<int>(
             min(static_cast<int64_t>(first + part_tokens), params.rows.num_tokens - chunk * kChunkTokens));
         for (int idx = first; idx < last; ++idx) {
@@ -151,7 +171,7 @@ __device__ void reduce_tokens(const CombineParams& params, Batch<T>& batch, Summ
             const int64_t offset = token * params.hidden * static_cast<int64_t>(sizeof(T));
             const uint32_t ranks = params.rows.token_ranks[token];
             const int64_t received = told[0] + __popc(own_mask & ((1u << idx) - 1));
-            filler.begin_token(params.out + offset);
+            filler.begin_token(params.out + offset, false);
             for (uint32_t left = ranks; left != 0; left &= left - 1) {
                 const int rank = __ffs(left) - 1;
                 if (rank == link.rank) {
@@ -164,7 +184,7 @@ __device__ void reduce_tokens(const CombineParams& params, Batch<T>& batch, Summ
             for (const std::byte* bias : params.bias) {
                 if (bias != nullptr) filler.add_row(bias + offset, false);
             }
-            if (params.out_values != nullptr) add_values(params, dims, token, idx, ranks, received, slot);
+            if (params.out_values != nullptr && slice == 0) add_values(params, dims, token, idx, ranks, received, slot);
             if (idx + 1 < last && !filler.is_full()) continue;
             filler.finish();
             summer.run(batch, filler.num_tokens(), false);
@@ -190,13 +210,14 @@ __device__ void poison_tokens(const CombineParams& params, Worker worker) {
     }
 }
 
-template <class T, bool kBulk>
-__global__ void __launch_bounds__(SummerOf<T, kBulk>::kWarps* kWarpSize)
+template <class T, bool kBulk, bool kMany>
+__global__ void __launch_bounds__(SummerOf<T, kBulk, kMany>::kWarps* kWarpSize)
     combine_rows(const __grid_constant__ CombineParams params) {
-    using Summer = SummerOf<T, kBulk>;
+    using Summer = SummerOf<T, kBulk, kMany>;
     if constexpr (kBulk != Summer::kBulk) return;
     extern __shared__ uint4 memory[];
-    if (device::has_failed(params.link)) return;
+    uint64_t epoch;
+    if (device::has_failed(params.link) || !device::join_exchange(params.link, params.opening, epoch)) return;
     constexpr int kWarps = Summer::kWarps;
     const int warp = threadIdx.x / kWarpSize, block = static_cast<int>(blockIdx.x);
     const bool sends = block < params.num_senders;
@@ -211,28 +232,35 @@ __global__ void __launch_bounds__(SummerOf<T, kBulk>::kWarps* kWarpSize)
         return;
     }
     WarpShared<T, Summer> shared(memory, warp);
-    Summer summer(shared.stages, params);
-    if (!sends || send_sums<T>(params, *shared.batch, summer, worker)) reduce_tokens<T>(params, *shared.batch, summer);
+    const RecordDims dims{params.rows.row_bytes, params.rows.meta_words};
+    const Cut cut(device::most_chunks(params.rows, table, params.link.num_ranks),
+                  num_ring_groups(params.link.payload_bytes, dims), params.hidden / device::ElementsOf<T>::kCount,
+                  params.layout == Layout::kCompact ? kWantedUnits : kWantedUnitsOfChoices);
+    Summer summer(shared.stages, params, cut);
+    if (!sends || send_sums<T>(params, epoch, cut, *shared.batch, summer, worker)) {
+        reduce_tokens<T>(params, epoch, cut, *shared.batch, summer);
+    }
     // Stores read shared memory, which must outlive them.
     summer.drain();
 }
 
-template <class T, bool kBulk>
-constexpr int64_t kBlockBytes = WarpShared<T, SummerOf<T, kBulk>>::num_bytes() * SummerOf<T, kBulk>::kWarps;
+template <class T, bool kBulk, bool kMany>
+constexpr int64_t kBlockBytes =
+    WarpShared<T, SummerOf<T, kBulk, kMany>>::num_bytes() * SummerOf<T, kBulk, kMany>::kWarps;
 
-template <class T, bool kBulk>
+template <class T, bool kBulk, bool kMany>
 void launch(const CombineParams& params, cudaStream_t stream) {
     const int num_blocks = params.num_senders + params.num_reducers;
-    constexpr int kThreads = SummerOf<T, kBulk>::kWarps * kWarpSize;
-    combine_rows<T, kBulk><<<num_blocks, kThreads, kBlockBytes<T, kBulk>, stream>>>(params);
+    constexpr int kThreads = SummerOf<T, kBulk, kMany>::kWarps * kWarpSize;
+    combine_rows<T, kBulk, kMany><<<num_blocks, kThreads, kBlockBytes<T, kBulk, kMany>, stream>>>(params);
     check_cuda(cudaGetLastError(), "combine_rows");
 }
 
 // Loads a kernel and allows it its shared memory.
-template <class T, bool kBulk>
+template <class T, bool kBulk, bool kMany>
 void prepare() {
-    check_cuda(cudaFuncSetAttribute(combine_rows<T, kBulk>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(kBlockBytes<T, kBulk>)),
+    check_cuda(cudaFuncSetAttribute(combine_rows<T, kBulk, kMany>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(kBlockBytes<T, kBulk, kMany>)),
                "cudaFuncSetAttribute(combine_rows)");
 }
 
@@ -256,8 +284,11 @@ void prepare_combine(bool bulk) {
     for (const Element element : {Element::kBf16, Element::kHalf, Element::kFloat, Element::kDouble}) {
         dispatch_element(element, [&](auto value) {
             using T = decltype(value);
-            if (bulk) prepare<T, true>();
-            prepare<T, false>();
+            if (bulk) {
+                prepare<T, true, false>();
+                prepare<T, true, true>();
+            }
+            prepare<T, false, false>();
         });
     }
 }
@@ -266,7 +297,9 @@ void launch_combine(const CombineParams& params, bool bulk, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
     dispatch_element(params.element, [&](auto value) {
         using T = decltype(value);
-        return bulk ? launch<T, true>(params, on) : launch<T, false>(params, on);
+        if (!bulk) return launch<T, false, false>(params, on);
+        return params.rows.max_chunks > kManyChunks ? launch<T, true, true>(params, on)
+                                                    : launch<T, true, false>(params, on);
     });
 }
 

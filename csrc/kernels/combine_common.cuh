@@ -10,6 +10,7 @@
 // What both roles of a combine share: the rows that sums are made of, and the words that travel beside them.
 namespace moe_ep::combine {
 
+using device::Cut;
 using device::kAllLanes;
 using device::kWarpSize;
 using device::Worker;
@@ -41,11 +42,15 @@ __device__ device::SumOf<T> load_factor(const CombineParams& params, int64_t row
                                     : static_cast<device::SumOf<T>>(__hiloint2double(words[1], words[0]));
 }
 
-// Fills a warp's batch. All members are called by the whole warp.
+// Fills a warp's batch with one slice of rows. All members are called by the whole warp.
 template <class T>
 class BatchFiller {
 public:
-    __device__ BatchFiller(const CombineParams& params, Batch<T>& batch) : params_(params), batch_(batch) {}
+    __device__ BatchFiller(const CombineParams& params, Batch<T>& batch, const Cut& cut)
+        : params_(params), batch_(batch), slice_elements_(params.hidden / cut.slices) {}
+
+    // Of the rows that follow; the batch is empty.
+    __device__ void set_slice(int slice) { first_element_ = slice * slice_elements_; }
 
     __device__ int num_tokens() const { return num_tokens_; }
     // Whether a further token may not fit.
@@ -54,9 +59,10 @@ public:
                num_terms_ + params_.rows.top_k + params_.link.num_ranks + 2 > Batch<T>::kMaxTerms;
     }
 
-    __device__ void begin_token(std::byte* target) {
+    // `wide`: whether the target takes fp32.
+    __device__ void begin_token(std::byte* target, bool wide) {
         if (threadIdx.x % kWarpSize == 0) {
-            batch_.targets[num_tokens_] = target;
+            batch_.targets[num_tokens_] = target + offset(wide);
             batch_.first_term[num_tokens_] = num_terms_;
         }
         ++num_tokens_;
@@ -75,8 +81,8 @@ public:
             const int32_t row = k < params_.rows.top_k ? params_.rows.positions[received * params_.rows.top_k + k] : -1;
             const uint32_t present = __ballot_sync(kAllLanes, row >= 0);
             if (row >= 0) {
-                batch_.terms[num_terms_ + __popc(present & ptx::lanes_below())] = {params_.y + row * row_bytes,
-                                                                                   load_factor<T>(params_, row), false};
+                batch_.terms[num_terms_ + __popc(present & ptx::lanes_below())] = {
+                    params_.y + row * row_bytes + offset(false), load_factor<T>(params_, row), false};
             }
             num_terms_ += __popc(present);
         }
@@ -84,7 +90,7 @@ public:
 
     // Adds a row as it is.
     __device__ void add_row(const std::byte* row, bool wide) {
-        if (threadIdx.x % kWarpSize == 0) batch_.terms[num_terms_] = {row, 1, wide};
+        if (threadIdx.x % kWarpSize == 0) batch_.terms[num_terms_] = {row + offset(wide), 1, wide};
         ++num_terms_;
     }
 
@@ -101,8 +107,14 @@ public:
     }
 
 private:
+    __device__ int64_t offset(bool wide) const {
+        return first_element_ * (wide ? static_cast<int64_t>(sizeof(float)) : static_cast<int64_t>(sizeof(T)));
+    }
+
     const CombineParams& params_;
     Batch<T>& batch_;
+    const int64_t slice_elements_;
+    int64_t first_element_ = 0;
     int num_tokens_ = 0, num_terms_ = 0;
 };
 

@@ -46,10 +46,12 @@ template <class T>
 class VectorSums {
 public:
     static constexpr int kWarps = 16;
+    static constexpr int kPendingStores = 1;
     static constexpr bool kBulk = false;
     MOE_EP_HOST_DEVICE static constexpr int64_t shared_bytes() { return 0; }
 
-    __device__ VectorSums(std::byte*, const CombineParams& params) : num_vectors_(params.hidden / Part::kCount) {}
+    __device__ VectorSums(std::byte*, const CombineParams& params, const Cut& cut)
+        : num_vectors_(params.hidden / cut.slices / Part::kCount) {}
 
     template <class Stored = Nothing>
     __device__ void run(const Batch<T>& batch, int num_tokens, bool wide_targets, Stored&& = {}) {
@@ -145,22 +147,25 @@ private:
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 // Sums through the copy engine: pieces of rows are loaded ahead, all lanes add them up in registers and put the rounded
-// sums into shared memory, from where they are stored. Stores are complete only after a wait for them.
-template <class T>
+// sums into shared memory, from where they are stored. Stores are complete only after a wait for them. `kMany`: with
+// more warps, for many rows; where there are few, a warp is faster with larger stages.
+template <class T, bool kMany>
 class BulkSums {
 public:
-    static constexpr int kWarps = 8;
+    static constexpr int kWarps = kMany ? 16 : 8;
+    static constexpr int kPendingStores = kMany ? 4 : 2;
     static constexpr bool kBulk = true;
     MOE_EP_HOST_DEVICE static constexpr int64_t shared_bytes() {
         return (kStages + kOuts) * kStageBytes + kStages * static_cast<int64_t>(sizeof(uint64_t));
     }
 
-    __device__ BulkSums(std::byte* shared, const CombineParams& params)
+    __device__ BulkSums(std::byte* shared, const CombineParams& params, const Cut& cut)
         : stages_(shared),
           outs_(shared + kStages * kStageBytes),
           barriers_(reinterpret_cast<uint64_t*>(shared + (kStages + kOuts) * kStageBytes)),
           // Pieces that arrive or leave as fp32 are twice as large.
-          pieces_(params.hidden * static_cast<int64_t>(sizeof(T)), params.wide_wire ? kStageBytes / 2 : kStageBytes) {
+          pieces_(params.hidden / cut.slices * static_cast<int64_t>(sizeof(T)),
+                  params.wide_wire ? kStageBytes / 2 : kStageBytes) {
         if (threadIdx.x % kWarpSize == 0) {
             for (int stage = 0; stage < kStages; ++stage) ptx::barrier_init(barriers_ + stage, 1);
             ptx::fence_barrier_init();
@@ -203,7 +208,7 @@ public:
     }
 
 private:
-    static constexpr int kStages = 4, kOuts = 2, kStageBytes = 4096;
+    static constexpr int kStages = 4, kOuts = 2, kStageBytes = kMany ? 2048 : 4096;
     static constexpr int kVectors = kStageBytes / device::kVectorBytes / kWarpSize;
     using Part = Sums<T, kVectors>;
 
@@ -335,13 +340,14 @@ private:
     uint32_t parity_ = 0;
 };
 
-template <class T, bool kBulk>
-using SummerOf = std::conditional_t<kBulk, BulkSums<T>, VectorSums<T>>;
+// Terms of 64-bit sums leave no shared memory for more warps.
+template <class T, bool kBulk, bool kMany>
+using SummerOf = std::conditional_t<kBulk, BulkSums<T, kMany && sizeof(T) < 8>, VectorSums<T>>;
 
 #else
 
 // Earlier GPUs have no copy engine for rows; what asks for it does nothing there.
-template <class T, bool kBulk>
+template <class T, bool kBulk, bool kMany>
 using SummerOf = VectorSums<T>;
 
 #endif

@@ -1,6 +1,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "device/opening.cuh"
 #include "host/checks.h"
 #include "host/cuda_check.h"
 #include "kernels/dispatch_place.cuh"
@@ -39,7 +40,8 @@ __global__ void __launch_bounds__(kBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
 #endif
     constexpr int kWarps = kRowWarps<kBulk>;
     extern __shared__ uint4 memory[];
-    if (device::has_failed(params.link)) return;
+    uint64_t epoch;
+    if (device::has_failed(params.link) || !device::join_exchange(params.link, params.opening, epoch)) return;
     if (device::has_fault(params.link, Fault::kEarlyExit) && params.rows.num_tokens == 0) return;
     const int warp = threadIdx.x / kWarpSize, block = static_cast<int>(blockIdx.x);
     const int64_t warp_bytes = WarpShared(nullptr, kBulk, params.rows.top_k).num_bytes;
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(kBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
     const bool places_meta = places && route.is_direct() && params.layout == Layout::kCompact;
     if constexpr (kMetaWarps<kBulk, kLends> > 0) {
         if (warp >= kWarps) {
-            if (places_meta && *table.overflow == 0) place_meta(params, route);
+            if (places_meta && *table.overflow == 0) place_meta(params, route, epoch);
             return;
         }
     }
@@ -73,25 +75,25 @@ __global__ void __launch_bounds__(kBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
         device::BulkPipe pipe(shared.stages, shared.barriers);
         if (threadIdx.x % kWarpSize == 0) pipe.init();
         __syncwarp();
-        if (sends) send_rows_bulk(params, route, shared, pipe, worker);
+        if (sends) send_rows_bulk(params, route, epoch, shared, pipe, worker);
         if (fills) fill_padding(params, worker, out_row_bytes);
         if (!places) return;
         if (places_meta) {
-            place_meta(params, route);
+            place_meta(params, route, epoch);
         } else {
-            place_rows_bulk(params, route, shared, pipe);
+            place_rows_bulk(params, route, epoch, shared, pipe);
         }
         // Stores read shared memory, which must outlive them.
         ptx::wait_bulk_stores<0>();
 #endif
     } else {
-        if (sends) send_rows<From>(params, route, shared, worker);
+        if (sends) send_rows<From>(params, route, epoch, shared, worker);
         if (fills) fill_padding(params, worker, out_row_bytes);
         if (!places) return;
         if (places_meta) {
-            place_meta(params, route);
+            place_meta(params, route, epoch);
         } else {
-            place_rows<From>(params, route, shared);
+            place_rows<From>(params, route, epoch, shared);
         }
     }
 }

@@ -9,12 +9,14 @@
 // What both roles of a dispatch share: a warp's shared memory, where rows go, and what travels beside them.
 namespace moe_ep::dispatch {
 
+using device::Cut;
 using device::kAllLanes;
 using device::kWarpSize;
 using device::Pieces;
 using device::Worker;
 
 constexpr int kVectorWarps = 16;
+constexpr int kWantedUnits = 128;
 
 struct NoCast {};
 
@@ -85,6 +87,12 @@ private:
     bool direct_ = false;
 };
 
+// How groups are cut: rows stay whole.
+template <class Route>
+__device__ inline Cut cut_groups(const Route& route, const PlanTable& table) {
+    return Cut(num_chunks(*table.most_tokens), route.ring_groups(), 0, kWantedUnits);
+}
+
 // Words that travel with a token: ids, places among the expert's choices, weights, scales.
 struct MetaLayout {
     int top_k, weight_words, scale_words;
@@ -101,14 +109,15 @@ struct MetaLayout {
     __device__ int scale(int word) const { return (2 + weight_words) * top_k + word; }
 };
 
-// This rank's chunks that a launch sends.
+// This rank's chunks that a launch sends, and their units.
 struct SentChunks {
-    int64_t begin, end;
+    int64_t end, begin_unit, end_unit;
 
-    __device__ SentChunks(const DispatchParams& params, int64_t ring_groups) {
+    __device__ SentChunks(const DispatchParams& params, int64_t ring_groups, const Cut& cut) {
         const int64_t total = num_chunks(params.rows.num_tokens);
-        begin = params.laps == Laps::kLater ? min(ring_groups, total) : 0;
         end = params.laps == Laps::kFirst ? min(ring_groups, total) : total;
+        begin_unit = (params.laps == Laps::kLater ? min(ring_groups, total) : 0) * cut.parts;
+        end_unit = end * cut.parts;
     }
 };
 

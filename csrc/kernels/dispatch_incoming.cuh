@@ -7,7 +7,7 @@
 // What a placing warp knows of the groups that it takes, and how it comes by them.
 namespace moe_ep::dispatch {
 
-// A group to be placed: of a peer in this rank's arena, or of this rank's own tokens.
+// A group to be placed, or some of its tokens: of a peer in this rank's arena, or of this rank's own tokens.
 struct Incoming {
     int source = 0;
     bool own = false;
@@ -16,11 +16,12 @@ struct Incoming {
     int32_t source_first = 0;  // received row that `first` counts from
     int32_t first = 0;         // place of the group's first row
     uint32_t mask = 0;         // of the chunk's tokens that come here
+    uint32_t tokens = 0;       // of the chunk's tokens that are to be placed, if they come
     uint32_t moved = 0;        // of those whose rows are moved here
     bool has_first = false;    // whether the first of a row's copies is where it stays
     GroupLayout group{nullptr, RecordDims{}};
 
-    __device__ bool has(int idx) const { return (mask >> idx & 1) != 0; }
+    __device__ bool has(int idx) const { return (mask & tokens) >> idx & 1; }
     // Received row of token `idx` of the chunk.
     __device__ int64_t row(int idx) const { return source_first + first + __popc(mask & ((1u << idx) - 1)); }
     // Its index at the source.
@@ -85,11 +86,15 @@ struct PairAhead {
 template <class Route>
 class GroupWalk {
 public:
-    __device__ GroupWalk(const DispatchParams& params, const Route& route)
-        : params_(params), route_(route), epoch_(params.link.state->epoch), tickets_(params.link) {
+    __device__ GroupWalk(const DispatchParams& params, const Route& route, uint64_t epoch)
+        : params_(params),
+          route_(route),
+          epoch_(epoch),
+          tickets_(params.link, epoch),
+          cut_(cut_groups(route, table_of(params))) {
         const int lane = threadIdx.x % kWarpSize, num_ranks = params.link.num_ranks;
-        const PlanTable table(params.rows.table, num_ranks, params.rows.num_experts);
-        num_items_ = device::most_chunks(params.rows, table, num_ranks) * num_ranks;
+        const PlanTable table = table_of(params);
+        num_items_ = device::most_chunks(params.rows, table, num_ranks) * num_ranks * cut_.parts;
         if (lane >= num_ranks) return;
         source_tokens_ = table.source_tokens[lane];
         source_first_ = table.source_rows[lane];
@@ -107,11 +112,12 @@ public:
         }
         if (!incoming.own) {
             const Link& link = params_.link;
-            const int64_t slot = incoming.chunk % route_.ring_groups(), lap = incoming.chunk / route_.ring_groups();
-            const bool came = wait ? device::wait_for_group(link, epoch_, incoming.source, slot, lap)
-                                   : device::has_group(link, epoch_, incoming.source, slot, lap);
+            const int64_t ring_groups = route_.ring_groups(), ring_units = ring_groups * cut_.parts;
+            const int64_t flag = unit_ % ring_units, lap = unit_ / ring_units;
+            const bool came = wait ? device::wait_for_group(link, epoch_, incoming.source, flag, lap)
+                                   : device::has_group(link, epoch_, incoming.source, flag, lap);
             if (!came) return false;
-            incoming.group = route_.group(link.rank, incoming.source, slot);
+            incoming.group = route_.group(link.rank, incoming.source, incoming.chunk % ring_groups);
         }
         if (!params_.with_plan) {
             pairs.ask(params_, incoming);
@@ -121,7 +127,7 @@ public:
         // Compact rows are all where they stay, this rank's own too; of others the choices tell which have more copies.
         const bool stays = route_.is_direct() && (!incoming.own || params_.layout == Layout::kCompact);
         incoming.has_first = stays;
-        incoming.moved = stays ? 0 : incoming.mask;
+        incoming.moved = stays ? 0 : incoming.mask & incoming.tokens;
         return true;
     }
 
@@ -136,6 +142,10 @@ public:
     }
 
 private:
+    __device__ static PlanTable table_of(const DispatchParams& params) {
+        return PlanTable(params.rows.table, params.link.num_ranks, params.rows.num_experts);
+    }
+
     // Finds whose group is next. Returns false behind the last one.
     __device__ bool find(Incoming& incoming) {
         const Link& link = params_.link;
@@ -144,7 +154,9 @@ private:
             if (item >= num_items_) return false;
             incoming.source = static_cast<int>((item + link.rank) % link.num_ranks);
             incoming.own = incoming.source == link.rank;
-            incoming.chunk = item / link.num_ranks;
+            unit_ = item / link.num_ranks;
+            incoming.chunk = unit_ / cut_.parts;
+            incoming.tokens = cut_.tokens(static_cast<int>(unit_ % cut_.parts));
             incoming.num_chunks = num_chunks(__shfl_sync(kAllLanes, source_tokens_, incoming.source));
             if (incoming.chunk < incoming.num_chunks) return true;
         }
@@ -173,7 +185,9 @@ private:
     const Route& route_;
     const uint64_t epoch_;
     device::Tickets tickets_;
+    const Cut cut_;
     int64_t num_items_;
+    int64_t unit_ = 0;
     int32_t source_tokens_ = 0, source_first_ = 0;  // of the source that the lane is number of
 };
 

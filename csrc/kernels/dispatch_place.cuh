@@ -13,7 +13,8 @@ namespace moe_ep::dispatch {
 __device__ inline void note_group(const DispatchParams& params, const Incoming& incoming) {
     const int lane = threadIdx.x % kWarpSize;
     if (!params.with_plan) return;
-    if (lane == 0) {
+    // Of a group in parts, the first one tells.
+    if (lane == 0 && (incoming.tokens & 1) != 0) {
         int32_t* told = told_of(params, incoming);
         told[0] = incoming.source_first + incoming.first;
         told[1] = static_cast<int32_t>(incoming.mask);
@@ -179,8 +180,9 @@ __device__ inline void place_row(const DispatchParams& params, const Incoming& i
 // Walks the groups of all sources in the order in which they are sent, and places their rows by vector loads and
 // stores.
 template <class From, class Route>
-__device__ inline void place_rows(const DispatchParams& params, const Route& route, const WarpShared& shared) {
-    GroupWalk<Route> walk(params, route);
+__device__ inline void place_rows(const DispatchParams& params, const Route& route, uint64_t epoch,
+                                  const WarpShared& shared) {
+    GroupWalk<Route> walk(params, route, epoch);
     Incoming incoming;
     PairAhead pairs;
     while (walk.receive(true, incoming, pairs)) {
@@ -206,8 +208,8 @@ __device__ inline void place_rows(const DispatchParams& params, const Route& rou
 
 // Walks the groups of compact rows that are all where they stay, and places what came beside them.
 template <class Route>
-__device__ inline void place_meta(const DispatchParams& params, const Route& route) {
-    GroupWalk<Route> walk(params, route);
+__device__ inline void place_meta(const DispatchParams& params, const Route& route, uint64_t epoch) {
+    GroupWalk<Route> walk(params, route, epoch);
     Incoming incoming;
     PairAhead pairs;
     while (walk.receive(true, incoming, pairs)) {

@@ -76,10 +76,10 @@ private:
 // not come is only looked for: a warp waits for none while it holds one that it has not released, which peers may wait
 // for.
 template <class Route>
-__device__ inline void place_rows_bulk(const DispatchParams& params, const Route& route, const WarpShared& shared,
-                                       device::BulkPipe& pipe) {
+__device__ inline void place_rows_bulk(const DispatchParams& params, const Route& route, uint64_t epoch,
+                                       const WarpShared& shared, device::BulkPipe& pipe) {
     const int lane = threadIdx.x % kWarpSize;
-    GroupWalk<Route> walk(params, route);
+    GroupWalk<Route> walk(params, route, epoch);
     RowMover mover(params, shared.positions, pipe);
     Incoming next;
     PieceCursor loaded;  // of the next group

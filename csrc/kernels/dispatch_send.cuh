@@ -87,19 +87,20 @@ private:
     int32_t rows_before_ = 0;  // of earlier sources, at the rank that the lane is number of
 };
 
-// Stores what travels beside the rows of one chunk to one rank. Called by a whole warp.
+// Stores what travels beside the rows of some tokens of a chunk, a bit each, to one rank. Called by a whole warp.
 __device__ inline void send_meta(const DispatchParams& params, const GroupLayout& group, int64_t chunk, int peer,
-                                 device::ChunkPart part, const ChoiceAhead& ahead) {
+                                 device::ChunkPart part, uint32_t tokens, const ChoiceAhead& ahead) {
     const int lane = threadIdx.x % kWarpSize, top_k = params.rows.top_k;
     const int local = params.rows.num_experts / params.link.num_ranks;
     const MetaLayout meta(params);
+    tokens &= part.mask;
     if (lane == 0 && params.with_plan) {
         group.header[0] = part.first;
         group.header[1] = static_cast<int32_t>(part.mask);
     }
     for (int pair = lane; params.with_plan && pair < kChunkTokens * top_k; pair += kWarpSize) {
         const int idx = pair / top_k, k = pair % top_k;
-        if ((part.mask >> idx & 1) == 0) continue;
+        if ((tokens >> idx & 1) == 0) continue;
         const int64_t choice = chunk * kChunkTokens * top_k + pair;
         const bool known = pair < kWarpSize;
         const int expert = (known ? ahead.expert : load_expert(params, choice)) - peer * local;
@@ -119,26 +120,33 @@ __device__ inline void send_meta(const DispatchParams& params, const GroupLayout
     if (params.scales == nullptr) return;
     for (int pair = lane; pair < kChunkTokens * params.scale_words; pair += kWarpSize) {
         const int idx = pair / params.scale_words, word = pair % params.scale_words;
-        if ((part.mask >> idx & 1) == 0) continue;
+        if ((tokens >> idx & 1) == 0) continue;
         group.meta.row(idx)[meta.scale(word)] = load_scale(params, chunk * kChunkTokens + idx, word);
     }
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// Walks the pieces of a worker's rows that leave this rank, in order.
+// Walks the pieces of a worker's rows that leave this rank, in order. A unit is one or more of a chunk's tokens.
 class SendCursor {
 public:
     __device__ SendCursor(const RowParams& rows, uint32_t peers, int64_t first, int64_t end, int64_t stride,
-                          const Pieces& pieces)
-        : rows_(rows), peers_(peers), end_(end), stride_(stride), pieces_(pieces), chunk_(first), idx_(-1) {
+                          int unit_tokens, const Pieces& pieces)
+        : rows_(rows),
+          peers_(peers),
+          end_(end),
+          stride_(stride),
+          unit_tokens_(unit_tokens),
+          pieces_(pieces),
+          unit_(first),
+          idx_(-1) {
         find_token();
     }
 
-    __device__ bool is_done() const { return chunk_ >= end_; }
-    __device__ int64_t chunk() const { return chunk_; }
-    __device__ int idx_in_chunk() const { return idx_; }
-    __device__ int64_t token() const { return chunk_ * kChunkTokens + idx_; }
+    __device__ bool is_done() const { return unit_ >= end_; }
+    __device__ int64_t unit() const { return unit_; }
+    __device__ int64_t token() const { return unit_ * unit_tokens_ + idx_; }
+    __device__ int idx_in_chunk() const { return static_cast<int>(token() % kChunkTokens); }
     __device__ int piece() const { return piece_; }
     __device__ uint32_t ranks() const { return ranks_; }
 
@@ -150,9 +158,9 @@ private:
     __device__ void find_token() {
         piece_ = 0;
         for (;;) {
-            if (++idx_ == kChunkTokens) {
+            if (++idx_ == unit_tokens_) {
                 idx_ = 0;
-                chunk_ += stride_;
+                unit_ += stride_;
             }
             if (is_done()) return;
             ranks_ = token() < rows_.num_tokens ? rows_.token_ranks[token()] & peers_ : 0;
@@ -163,85 +171,89 @@ private:
     const RowParams& rows_;
     const uint32_t peers_;
     const int64_t end_, stride_;
+    const int unit_tokens_;
     const Pieces& pieces_;
-    int64_t chunk_;
+    int64_t unit_;
     int idx_, piece_ = 0;
     uint32_t ranks_ = 0;
 };
 
-// Chunks whose stores are under way while those of the next begin: their flags follow once the stores are complete.
+// Units whose stores are under way while those of the next begin: their flags follow once the stores are complete.
 struct PendingFlags {
-    static constexpr int kPieces = 4;  // of the next chunk that are stored before this one is waited for
-    int64_t chunk = -1;
+    static constexpr int kPieces = 4;  // of the next unit that are stored before this one is waited for
+    int64_t unit = -1;
     int num_pieces = 0;
 
-    __device__ void count_piece(const Link& link, uint64_t epoch, int64_t ring_groups) {
-        if (chunk >= 0 && ++num_pieces == kPieces) {
+    __device__ void count_piece(const Link& link, uint64_t epoch, int64_t ring_units) {
+        if (unit >= 0 && ++num_pieces == kPieces) {
             ptx::wait_bulk_stores<kPieces>();
-            raise(link, epoch, ring_groups);
+            raise(link, epoch, ring_units);
         }
     }
-    __device__ void flush(const Link& link, uint64_t epoch, int64_t ring_groups) {
-        if (chunk < 0) return;
+    __device__ void flush(const Link& link, uint64_t epoch, int64_t ring_units) {
+        if (unit < 0) return;
         ptx::wait_bulk_stores<0>();
-        raise(link, epoch, ring_groups);
+        raise(link, epoch, ring_units);
     }
-    __device__ void raise(const Link& link, uint64_t epoch, int64_t ring_groups) {
-        device::flag_groups(link, epoch, chunk % ring_groups, chunk / ring_groups);
-        chunk = -1;
+    __device__ void raise(const Link& link, uint64_t epoch, int64_t ring_units) {
+        device::flag_groups(link, epoch, unit % ring_units, unit / ring_units);
+        unit = -1;
         num_pieces = 0;
     }
 };
 
 // Sends the rows of this warp's chunks through its pipe; loads run ahead of chunks.
 template <class Route>
-__device__ inline void send_rows_bulk(const DispatchParams& params, const Route& route, const WarpShared& shared,
-                                      device::BulkPipe& pipe, Worker worker) {
+__device__ inline void send_rows_bulk(const DispatchParams& params, const Route& route, uint64_t epoch,
+                                      const WarpShared& shared, device::BulkPipe& pipe, Worker worker) {
     const Link& link = params.link;
     const int64_t ring_groups = route.ring_groups();
-    const SentChunks sent_chunks(params, ring_groups);
-    const uint64_t epoch = link.state->epoch;
+    const PlanTable table(params.rows.table, link.num_ranks, params.rows.num_experts);
+    const Cut cut = cut_groups(route, table);
+    const int64_t ring_units = ring_groups * cut.parts;
+    const SentChunks sent_chunks(params, ring_groups, cut);
     const int lane = threadIdx.x % kWarpSize;
     const Aim<Route> aim(params, route, shared);
     const uint32_t peers = aim.sends_own() ? ~0u : ~(1u << link.rank);
     const Pieces pieces(params.rows.row_bytes);
-    const int64_t first = sent_chunks.begin + worker.first;
-    SendCursor load(params.rows, peers, first, sent_chunks.end, worker.stride, pieces), store = load;
+    const int64_t first = sent_chunks.begin_unit + worker.first, end = sent_chunks.end_unit;
+    SendCursor load(params.rows, peers, first, end, worker.stride, cut.part_tokens(), pieces), store = load;
     PendingFlags pending;
     device::ChunkAhead places(params.rows, link.num_ranks);
     ChoiceAhead choices;
-    places.ask(first, sent_chunks.end);
-    choices.ask(params, first, sent_chunks.end);
+    places.ask(first / cut.parts, sent_chunks.end);
+    choices.ask(params, first / cut.parts, sent_chunks.end);
     bool good = true;
-    for (int64_t chunk = first; chunk < sent_chunks.end && good; chunk += worker.stride) {
-        const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
+    for (int64_t unit = first; unit < end && good; unit += worker.stride) {
+        const int64_t chunk = unit / cut.parts, slot = chunk % ring_groups, lap = chunk / ring_groups;
         if (!device::has_room(link, epoch, slot, lap)) {
             // NOTE: a peer may wait for the flags that are still pending before it makes room.
-            if (lane == 0) pending.flush(link, epoch, ring_groups);
+            if (lane == 0) pending.flush(link, epoch, ring_units);
             good = device::wait_for_room(link, epoch, slot, lap);
             if (!good) break;
         }
         if (lane == 0 && device::has_fault(link, Fault::kEarlyFlag)) {
-            device::flag_groups(link, epoch, slot, lap);
+            device::flag_groups(link, epoch, unit % ring_units, unit / ring_units);
             device::delay_fault();
         }
         const device::ChunkPart part = places.get(chunk);
+        const uint32_t tokens = cut.tokens(static_cast<int>(unit % cut.parts));
         for (int peer = 0; peer < link.num_ranks; ++peer) {
             if (peer == link.rank && !aim.sends_own()) continue;
             const GroupLayout group = route.group(peer, link.rank, device::sent_slot(link, slot, ring_groups));
             const device::ChunkPart sent{__shfl_sync(kAllLanes, part.mask, peer),
                                          __shfl_sync(kAllLanes, part.first, peer)};
             aim.at(peer, group, chunk, sent, choices);
-            if (peer != link.rank) send_meta(params, group, chunk, peer, sent, choices);
+            if (peer != link.rank) send_meta(params, group, chunk, peer, sent, tokens, choices);
         }
-        places.ask(chunk + worker.stride, sent_chunks.end);
-        choices.ask(params, chunk + worker.stride, sent_chunks.end);
+        places.ask((unit + worker.stride) / cut.parts, sent_chunks.end);
+        choices.ask(params, (unit + worker.stride) / cut.parts, sent_chunks.end);
         __syncwarp();
         if (lane == 0) {
             // A place that a peer has freed is written by the copy engine; on the first lap there was nothing to wait
             // for.
             ptx::fence_proxy_async_global();
-            while (!store.is_done() && store.chunk() == chunk) {
+            while (!store.is_done() && store.unit() == unit) {
                 while (!load.is_done() && !pipe.is_full()) {
                     pipe.load(params.x + load.token() * pieces.row_bytes + pieces.offset(load.piece()),
                               pieces.bytes(load.piece()));
@@ -255,16 +267,16 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const Route&
                                     pieces.bytes(store.piece()));
                 }
                 pipe.pop();
-                pending.count_piece(link, epoch, ring_groups);
+                pending.count_piece(link, epoch, ring_units);
                 store.advance();
             }
-            pending.flush(link, epoch, ring_groups);
-            pending.chunk = chunk;
+            pending.flush(link, epoch, ring_units);
+            pending.unit = unit;
         }
         __syncwarp();
     }
     if (lane != 0) return;
-    if (good) pending.flush(link, epoch, ring_groups);
+    if (good) pending.flush(link, epoch, ring_units);
     // Nothing may be under way in shared memory when the block ends.
     while (!pipe.is_empty()) {
         pipe.front();
@@ -277,16 +289,19 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const Route&
 
 // Sends the rows of this warp's chunks by vector loads and stores, cast to fp8 where asked for.
 template <class From, class Route>
-__device__ inline void send_rows(const DispatchParams& params, const Route& route, const WarpShared& shared,
-                                 Worker worker) {
+__device__ inline void send_rows(const DispatchParams& params, const Route& route, uint64_t epoch,
+                                 const WarpShared& shared, Worker worker) {
     const Link& link = params.link;
     const int64_t row_bytes = params.rows.row_bytes, ring_groups = route.ring_groups();
     const Aim<Route> aim(params, route, shared);
     const uint32_t peers = aim.sends_own() ? ~0u : ~(1u << link.rank);
-    const SentChunks sent_chunks(params, ring_groups);
-    const uint64_t epoch = link.state->epoch;
-    for (int64_t chunk = sent_chunks.begin + worker.first; chunk < sent_chunks.end; chunk += worker.stride) {
-        const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
+    const PlanTable table(params.rows.table, link.num_ranks, params.rows.num_experts);
+    const Cut cut = cut_groups(route, table);
+    const int64_t ring_units = ring_groups * cut.parts;
+    const SentChunks sent_chunks(params, ring_groups, cut);
+    for (int64_t unit = sent_chunks.begin_unit + worker.first; unit < sent_chunks.end_unit; unit += worker.stride) {
+        const int64_t chunk = unit / cut.parts, slot = chunk % ring_groups, lap = chunk / ring_groups;
+        const uint32_t tokens = cut.tokens(static_cast<int>(unit % cut.parts));
         if (!device::wait_for_room(link, epoch, slot, lap)) return;
         const device::ChunkPart part = device::read_chunk(params.rows, link.num_ranks, chunk);
         ChoiceAhead choices;
@@ -297,12 +312,13 @@ __device__ inline void send_rows(const DispatchParams& params, const Route& rout
             if (peer == link.rank && !aim.sends_own()) continue;
             const GroupLayout group = route.group(peer, link.rank, slot);
             aim.at(peer, group, chunk, sent, choices);
-            if (peer != link.rank) send_meta(params, group, chunk, peer, sent, choices);
+            if (peer != link.rank) send_meta(params, group, chunk, peer, sent, tokens, choices);
         }
         __syncwarp();
         for (int idx = 0; idx < kChunkTokens; ++idx) {
             const int64_t token = chunk * kChunkTokens + idx;
             if (token >= params.rows.num_tokens) break;
+            if ((tokens >> idx & 1) == 0) continue;
             const uint32_t ranks = params.rows.token_ranks[token] & peers;
             if (ranks == 0) continue;
             const auto nth_rank = [&](int which) {
@@ -337,7 +353,7 @@ __device__ inline void send_rows(const DispatchParams& params, const Route& rout
             }
         }
         __syncwarp();
-        if (threadIdx.x % kWarpSize == 0) device::flag_groups(link, epoch, slot, lap);
+        if (threadIdx.x % kWarpSize == 0) device::flag_groups(link, epoch, unit % ring_units, unit / ring_units);
     }
 }
 

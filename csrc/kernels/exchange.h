@@ -13,14 +13,18 @@ namespace moe_ep {
 // those may wait for a peer that waits for this launch. `bulk`: those that use the copy engine too.
 void prepare_kernels();
 void prepare_open();
+void prepare_counting();
 void prepare_dispatch(bool bulk);
 void prepare_combine(bool bulk);
 
 // Why the kernels of this build do not run on the current device, as CUDA says it; empty where they do.
 std::string kernel_problem();
 
-// Compares headers with all peers and, for a dispatch, exchanges counts and writes the plan's table.
-void launch_open(const OpenParams& params, void* stream);
+// Compares headers with all peers.
+void launch_open(const Link& link, const Opening& opening, void* stream);
+
+// Plans a dispatch, compares headers, exchanges counts and writes the plan's table.
+void launch_count(const PlanParams& plan, const OpenParams& params, void* stream);
 
 // Turns choices that their experts do not keep into -1: topk_idx [T, K] of index_bytes bytes, in place.
 void launch_drop(void* topk_idx, int index_bytes, const int32_t* idx_in_expert, const int32_t* keep_choices,

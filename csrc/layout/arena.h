@@ -13,7 +13,8 @@ inline constexpr int kMaxNodeRanks = 16;
 // receiver's ring follows from the chunk alone, so senders need no prefix sums and flags need no shared counters.
 inline constexpr int kChunkTokens = 4;
 
-// Words of one rank's opening message: header, number of tokens, choices per expert, tokens per rank.
+// Words of one rank's opening message: header, number of tokens, choices per expert, tokens per rank. Each travels with
+// the low half of its exchange's number in one store, so that a word that has come says so itself.
 inline constexpr int kHeaderWords = 8;
 inline constexpr int kMaxOpeningWords = kHeaderWords + 4096 + kMaxNodeRanks;
 
@@ -24,8 +25,7 @@ inline constexpr int64_t kMaxRingGroups = 1 << 14;
 
 // One rank's memory as its peers see it. Region i of each part is what rank i stores there; all flags only ever grow.
 struct ArenaLayout {
-    AsymBuffer<int32_t> opening_words;   // [sets * R][kMaxOpeningWords]
-    AsymBuffer<uint64_t> opening_epoch;  // [R] last exchange that each peer has opened
+    AsymBuffer<uint64_t> opening_words;  // [sets * R][kMaxOpeningWords] number of the exchange << 32 | word
     AsymBuffer<uint64_t> arrived;        // [R][kMaxRingGroups] stamp of each group that a source has stored in full
     AsymBuffer<uint64_t> consumed;       // [R][kMaxRingGroups] stamp of each of this rank's groups that a peer has read
     AsymBuffer<std::byte> payload;       // [R][payload_bytes] ring of groups from each source
@@ -34,14 +34,13 @@ struct ArenaLayout {
     MOE_EP_HOST_DEVICE ArenaLayout(void* base, int num_ranks, int64_t payload_bytes)
         : ArenaLayout(Cursor(base), num_ranks, payload_bytes) {}
 
-    MOE_EP_HOST_DEVICE int32_t* opening_from(int rank, uint64_t epoch) const {
+    MOE_EP_HOST_DEVICE uint64_t* opening_from(int rank, uint64_t epoch) const {
         return opening_words.from(rank).row(static_cast<int64_t>(epoch % kNumOpeningSets));
     }
 
 private:
     MOE_EP_HOST_DEVICE ArenaLayout(Cursor cursor, int num_ranks, int64_t payload_bytes)
         : opening_words(cursor, num_ranks, kNumOpeningSets, kMaxOpeningWords),
-          opening_epoch(cursor, num_ranks, 1, kRegionAlignment / sizeof(uint64_t)),
           arrived(cursor, num_ranks, kMaxRingGroups),
           consumed(cursor, num_ranks, kMaxRingGroups),
           payload(cursor, num_ranks, 1, payload_bytes),

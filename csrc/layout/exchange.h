@@ -41,7 +41,12 @@ struct SizeWords {
 struct LinkState {
     uint64_t epoch;   // exchanges opened so far
     uint32_t failed;  // set by the first failure, and then no kernel waits or moves any more
-    uint32_t ticket;  // pieces of the current exchange's work that warps have taken
+    uint32_t blocks;  // of the kernel that opens an exchange, that have come so far
+    // Pieces of an exchange's work that warps have taken; opening one clears the next one's.
+    uint32_t tickets[2];
+    uint64_t counted[PlanGrid::kMaxBlocks];  // number of the exchange that each block of its plan has counted for
+
+    MOE_EP_HOST_DEVICE uint32_t* tickets_of(uint64_t exchange) { return tickets + exchange % 2; }
 };
 
 // Mistakes that a test build can make on purpose.
@@ -159,6 +164,13 @@ struct CapacityRule {
     int32_t drop;        // whether choices beyond are dropped rather than outputs poisoned
 };
 
+// A kernel that opens its exchange itself: all of its blocks wait for all peers, which takes less time than another
+// launch where rows are few. Others follow a kernel of one block that has opened it.
+struct Opening {
+    int32_t opens;
+    int32_t header[kHeaderWords];
+};
+
 // Opens an exchange: headers are compared on the GPU, counts exchanged with them, and all sizes follow.
 struct OpenParams {
     Link link;
@@ -214,6 +226,7 @@ struct DispatchParams {
     int32_t num_senders;  // blocks that send; they come first
     int32_t num_placers;  // blocks that place
     Laps laps;
+    Opening opening;
     int32_t with_plan;      // metadata travels and the plan is written; otherwise it is replayed
     int32_t lends;          // whether rows of a new plan may be stored where they stay, in the arena of their rank
     int64_t direct_groups;  // groups of each source then, where they are known to fit; 0 where that follows from sizes
@@ -246,6 +259,7 @@ struct CombineParams {
     RowParams rows;
     int32_t num_senders;
     int32_t num_reducers;
+    Opening opening;
     Layout layout;
     Element element;
     int32_t wide_wire;           // partial sums travel as fp32

@@ -41,7 +41,7 @@ struct PlanShared {
     uint32_t* rank_tokens;  // [R] the same bits transposed
     int64_t num_bytes;
 
-    static constexpr int kGroupTokens = 32;  // a warp takes this many tokens at a time
+    static constexpr int kGroupTokens = 32;  // a warp takes at most this many tokens at a time
 
     MOE_EP_HOST_DEVICE PlanShared(void* base, const PlanParams& params) {
         Cursor cursor(base);
@@ -59,7 +59,8 @@ struct PlanGrid {
     int num_blocks;
     int64_t chunk_tokens;
 
-    static constexpr int kMaxWarps = 8;
+    static constexpr int kMaxWarps = 16;
+    static constexpr int kMinTokens = 8, kFewBlocks = 16;
     static constexpr int64_t kMinBlocks = 8, kMaxBlocks = 64;
     static constexpr int64_t kMaxSums = 1 << 15;
     static constexpr int64_t kMaxSharedBytes = 96 << 10;  // of a block, on all GPUs
@@ -70,10 +71,16 @@ struct PlanGrid {
         while (num_warps > 1 && num_warps * warp_bytes > kMaxSharedBytes) num_warps /= 2;
         int64_t max_blocks = kMaxSums / (params.num_experts + params.num_ranks);
         max_blocks = max_blocks < kMinBlocks ? kMinBlocks : max_blocks > kMaxBlocks ? kMaxBlocks : max_blocks;
-        const int64_t groups = (params.num_tokens + PlanShared::kGroupTokens - 1) / PlanShared::kGroupTokens;
+        // Chunks of fewer tokens take less time, as long as there are not many blocks to add up.
+        int64_t group_tokens = kMinTokens;
+        const int64_t few_blocks = max_blocks < kFewBlocks ? max_blocks : kFewBlocks;
+        while (group_tokens < PlanShared::kGroupTokens && params.num_tokens > group_tokens * num_warps * few_blocks) {
+            group_tokens *= 2;
+        }
+        const int64_t groups = (params.num_tokens + group_tokens - 1) / group_tokens;
         const int64_t max_chunks = max_blocks * num_warps;
         const int64_t chunk_groups = groups <= max_chunks ? 1 : (groups + max_chunks - 1) / max_chunks;
-        chunk_tokens = chunk_groups * PlanShared::kGroupTokens;
+        chunk_tokens = chunk_groups * group_tokens;
         const int64_t chunks = (groups + chunk_groups - 1) / chunk_groups;
         num_blocks = chunks <= num_warps ? 1 : static_cast<int>((chunks + num_warps - 1) / num_warps);
     }

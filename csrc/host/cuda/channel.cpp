@@ -61,19 +61,18 @@ void Channel::set_timeout_s(double seconds) {
     link_.timeout_ns = static_cast<uint64_t>(seconds * 1e9);
 }
 
-void Channel::open(OpenParams& params, void* stream) {
-    params.link = link_;
-    launch_open(params, stream);
+void Channel::open(const Opening& opening, void* stream) {
+    launch_open(link_, opening, stream);
 }
 
-int64_t Channel::open_dispatch(OpenParams& params, bool tell_sizes, void* stream) {
+int64_t Channel::count(const PlanParams& plan, OpenParams& params, bool tell_sizes, void* stream) {
     params.link = link_;
     if (tell_sizes) {
         params.ticket = next_ticket_++;
         params.sizes = sizes_ + params.ticket % kNumSizeSlots;
         params.host_counts = counts_ + params.ticket % kNumSizeSlots * kMaxExperts;
     }
-    launch_open(params, stream);
+    launch_count(plan, params, stream);
     return params.ticket;
 }
 
@@ -138,7 +137,8 @@ uint64_t Channel::epoch() const {
 void Channel::reset(uint64_t epoch) {
     check_cuda(cudaSetDevice(device_), "cudaSetDevice");
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-    const LinkState state{epoch, 0, 0};
+    LinkState state{};
+    state.epoch = epoch;
     check_cuda(cudaMemcpy(link_.state, &state, sizeof(state), cudaMemcpyHostToDevice), "cudaMemcpy(LinkState)");
     const int64_t overflowed = read_word(link_.status->overflowed);
     std::memset(link_.status, 0, sizeof(StatusWords));

@@ -19,9 +19,9 @@ public:
     Channel(const Channel&) = delete;
     Channel& operator=(const Channel&) = delete;
 
-    void open(OpenParams& params, void* stream);
-    // Returns a ticket for wait_sizes, 0 unless `tell_sizes`.
-    int64_t open_dispatch(OpenParams& params, bool tell_sizes, void* stream);
+    void open(const Opening& opening, void* stream);
+    // Opens a dispatch. Returns a ticket for wait_sizes, 0 unless `tell_sizes`.
+    int64_t count(const PlanParams& plan, OpenParams& params, bool tell_sizes, void* stream);
     void dispatch(DispatchParams& params, bool bulk, void* stream);
     void combine(CombineParams& params, bool bulk, void* stream);
     // Makes a stream wait for all that another one has been given so far.

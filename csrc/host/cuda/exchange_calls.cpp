@@ -16,12 +16,24 @@ void fill_header(int32_t* words, const Header& header) {
     for (int word = 0; word < kHeaderWords; ++word) words[word] = header[word];
 }
 
-// Opens an exchange without counts, behind what the current stream has been given.
-void open_plainly(Channel& channel, const Header& header, Streams streams) {
-    OpenParams params{};
-    fill_header(params.header, header);
+// Bytes of a rank's rows up to which the kernel that moves them opens the exchange itself. Above, a launch more counts
+// for little, and blocks that wait for peers who are late would take their SMs from others.
+constexpr int64_t kMostOpeningBytes = 8 << 20;
+
+// Begins an exchange without counts, behind what the current stream has been given. Returns how the kernel that moves
+// its rows opens it, where it does.
+Opening open_plainly(Channel& channel, const Header& header, bool opens_itself, Streams streams) {
+    Opening opening{};
+    opening.opens = 1;
+    fill_header(opening.header, header);
     channel.order(streams.current, streams.queue);
-    channel.open(params, stream_of(streams.queue));
+    if (opens_itself) return opening;
+    channel.open(opening, stream_of(streams.queue));
+    return {};
+}
+
+bool opens_itself(const RowParams& rows) {
+    return rows.num_tokens * rows.row_bytes <= kMostOpeningBytes;
 }
 
 std::unique_ptr<Event> recorded(uintptr_t stream) {
@@ -141,8 +153,12 @@ void DispatchCall::set_output(std::byte* received, int64_t max_chunks, int64_t n
     params_.zero_padding = settings_.layout == Layout::kExpanded;
 }
 
-void DispatchCall::open(Channel& channel, const Header& header, Streams streams, bool counted) {
-    if (counted) return open_plainly(channel, header, streams);
+void DispatchCall::open(Channel& channel, const Header& header, Streams streams, bool counted, bool sends) {
+    if (counted) {
+        params_.opening = open_plainly(channel, header, sends && opens_itself(params_.rows), streams);
+        return;
+    }
+    params_.opening = {};
     fill_header(open_.header, header);
     channel.order(streams.current, streams.queue);
     void* const stream = stream_of(streams.queue);
@@ -150,14 +166,12 @@ void DispatchCall::open(Channel& channel, const Header& header, Streams streams,
         // What the experts keep follows from all choices; what is sent is then planned anew.
         OpenParams all = open_;
         all.received_total = nullptr;
-        launch_plan(plan_, stream);
-        channel.open_dispatch(all, false, stream);
+        channel.count(plan_, all, false, stream);
         const PlanTable table(open_.table, settings_.num_ranks, settings_.num_experts);
         launch_drop(const_cast<void*>(plan_.topk_idx), plan_.index_bytes, plan_.idx_in_expert, table.keep_choices,
                     plan_.num_tokens * plan_.top_k, settings_.num_experts, stream);
     }
-    launch_plan(plan_, stream);
-    ticket_ = channel.open_dispatch(open_, tells_sizes(), stream);
+    ticket_ = channel.count(plan_, open_, tells_sizes(), stream);
 }
 
 void DispatchCall::launch(Channel& channel, int num_senders, int num_placers, Laps laps, uintptr_t stream) {
@@ -168,13 +182,15 @@ void DispatchCall::launch(Channel& channel, int num_senders, int num_placers, La
 }
 
 void DispatchCall::count(Channel& channel, const Header& header, Streams streams) {
-    open(channel, header, streams, false);
+    open(channel, header, streams, false, false);
 }
 
 void DispatchCall::send(Channel& channel, const Header& header, Streams streams, bool counted) {
-    open(channel, header, streams, counted);
     const int senders = row_settings_.num_senders + (sends_all() ? row_settings_.num_placers : 0);
+    // A single rank sends nothing.
+    open(channel, header, streams, counted, senders > 0);
     launch(channel, senders, 0, Laps::kFirst, streams.queue);
+    params_.opening = {};
 }
 
 std::unique_ptr<Event> DispatchCall::place(Channel& channel, uintptr_t queue, uintptr_t place_queue, int64_t num_laps) {
@@ -192,7 +208,7 @@ std::unique_ptr<Event> DispatchCall::place(Channel& channel, uintptr_t queue, ui
 }
 
 std::unique_ptr<Event> DispatchCall::run(Channel& channel, const Header& header, Streams streams, bool counted) {
-    open(channel, header, streams, counted);
+    open(channel, header, streams, counted, true);
     const int senders = row_settings_.num_senders, placers = row_settings_.num_placers;
     // NOTE: blocks that all send take one lap alone: in further ones they would wait for placers.
     const bool all_send = sends_all() && params_.direct_groups > 0;
@@ -207,9 +223,9 @@ std::vector<int32_t> DispatchCall::host_counts(const Channel& channel) const {
 std::unique_ptr<Event> replay(Channel& channel, const RowSettings& settings, const KeptPlan& plan, const Header& header,
                               const std::byte* x, const int32_t* scales, int64_t scale_stride,
                               int64_t scale_word_stride, std::byte* out, int32_t* out_scales, Streams streams) {
-    open_plainly(channel, header, streams);
     DispatchParams params{};
     params.rows = kept_rows(channel, plan, settings.row_bytes, settings.scale_words);
+    params.opening = open_plainly(channel, header, opens_itself(params.rows), streams);
     params.num_senders = settings.num_senders;
     params.num_placers = settings.num_placers;
     params.laps = Laps::kAll;
@@ -234,12 +250,12 @@ std::unique_ptr<Event> combine(Channel& channel, const CombineSettings& settings
                                const Header& header, int top_k, const std::byte* y, const int32_t* row_weights,
                                const int32_t* values, std::byte* out, const std::byte* bias_0, const std::byte* bias_1,
                                int32_t* out_values, Streams streams) {
-    open_plainly(channel, header, streams);
     const int64_t element_bytes = settings.element == Element::kDouble                        ? 8
                                   : settings.element == Element::kFloat || settings.wide_wire ? 4
                                                                                               : 2;
     CombineParams params{};
     params.rows = kept_rows(channel, plan, settings.hidden * element_bytes, top_k * settings.value_words);
+    params.opening = open_plainly(channel, header, opens_itself(params.rows), streams);
     params.num_senders = settings.num_senders;
     params.num_reducers = settings.num_reducers;
     params.layout = plan.layout;

@@ -96,7 +96,7 @@ public:
     bool tells_sizes() const { return open_.max_tokens == 0; }
 
 private:
-    void open(Channel& channel, const Header& header, Streams streams, bool counted);
+    void open(Channel& channel, const Header& header, Streams streams, bool counted, bool sends);
     // Whether senders leave no rows to be moved, so that all blocks send.
     bool sends_all() const { return params_.lends != 0 && params_.layout == Layout::kCompact; }
     void launch(Channel& channel, int num_senders, int num_placers, Laps laps, uintptr_t stream);
