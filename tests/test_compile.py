@@ -78,7 +78,8 @@ def run_steps(
     return counter.frame_count
 
 
-@pytest.mark.parametrize("mode", [mode for mode in COMPILED if mode != "slab, experts"])
+# The other modes run on two ranks, and with plans of the CUDA backend on one.
+@pytest.mark.parametrize("mode", ["slab", "rows", "factor", "compact rows"])
 def test_compiles_into_one_graph_without_a_group(mode: str) -> None:
     # Sizes 0 and 1 are special to the compiler; the others share one graph.
     assert run_steps(0, None, 1, mode, "aot_eager") <= 3

@@ -6,6 +6,7 @@ that nvcc makes is walked.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -70,6 +71,7 @@ def unfenced(lines: list[str], acquirers: set[str]) -> list[str]:
     return found
 
 
+@functools.cache
 def compile_to_ptx(kernel: str, *flags: str) -> str:
     assert NVCC is not None
     source = ROOT / "csrc" / "kernels" / f"{kernel}.cu"

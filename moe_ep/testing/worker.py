@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -69,7 +70,9 @@ class RankContext:
         torch.set_grad_enabled(True)
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(1)
-        gc.collect()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        _collect()
 
     def check_in_step(self, call: int) -> None:
         """All ranks say which call they ended: a message left over from a test would answer something else."""
@@ -93,9 +96,7 @@ def main(connection_fd: int) -> None:
     group = dist.group.WORLD
     assert group is not None
     context = RankContext(rank, world_size, group)
-    # Collections after each call then look only at what calls made, not at the modules of torch.
-    gc.collect()
-    gc.freeze()
+    _collect()
     _answer(connection, ("ok", time.monotonic(), None))
     while True:
         try:
@@ -103,6 +104,12 @@ def main(connection_fd: int) -> None:
         except (EOFError, ConnectionResetError):
             return
         _serve(connection, context, *message)
+
+
+def _collect() -> None:
+    # Later collections look only at what later calls make: the modules of torch and its compiler are a million objects.
+    gc.collect()
+    gc.freeze()
 
 
 def _serve(connection: Connection, context: RankContext, kind: str, *payload: Any) -> None:
