@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
 
-from moe_ep import Buffer, TokenDispatcher
+from moe_ep import Buffer, Capacity, TokenDispatcher
 from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError
 from moe_ep.testing import make_routing, run_ranks
 from moe_ep.testing.worker import RankContext
@@ -19,16 +20,19 @@ pytestmark = pytest.mark.gpu
 TIMEOUT_S = 2.0
 
 
-def make_dispatcher(ctx: RankContext, timeout_s: float = TIMEOUT_S) -> TokenDispatcher:
+def make_dispatcher(
+    ctx: RankContext, timeout_s: float = TIMEOUT_S, like: TokenDispatcher | None = None, **settings: Any
+) -> TokenDispatcher:
     torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
-    group = ctx.new_group()
+    group = ctx.new_group() if like is None else like.group
     return TokenDispatcher(
         group,
         num_experts=2 * ctx.world_size,
         hidden_size=16,
         top_k=2,
         dtype=torch.float32,
-        buffer=Buffer(group, backend="cuda", timeout_s=timeout_s),
+        buffer=Buffer(group, backend="cuda", timeout_s=timeout_s) if like is None else like.buffer,
+        **settings,
     )
 
 
@@ -68,6 +72,25 @@ def test_an_error_of_one_rank_reaches_the_others(warm: bool) -> None:
     for rank in (0, 2):
         assert texts[rank].startswith("PeerAbortedError: rank 1 raised instead"), texts[rank]
         assert "x has shape" in texts[rank]
+
+
+def err_before_a_capacity_is_sized(ctx: RankContext) -> str:
+    """The memory is there, and ranks still agree on the tokens that a factor is meant for."""
+    sized = make_dispatcher(ctx, timeout_s=20)
+    assert_works(sized)
+    dispatcher = make_dispatcher(ctx, like=sized, capacity=Capacity(factor=4.0))
+    with pytest.raises((ValueError, PeerAbortedError)) as caught, torch.no_grad():
+        exchange(dispatcher, hidden=32 if ctx.rank == 1 else 16)
+    # No kernel waits for a peer: nothing has to be reset.
+    assert_works(dispatcher)
+    return f"{caught.type.__name__}: {caught.value}"
+
+
+def test_an_error_before_a_capacity_is_sized_reaches_the_others() -> None:
+    texts = run_ranks(3, err_before_a_capacity_is_sized)
+    assert texts[1].startswith("ValueError: x has shape")
+    for rank in (0, 2):
+        assert texts[rank].startswith("PeerAbortedError: rank 1 raised instead"), texts[rank]
 
 
 def differ(ctx: RankContext) -> str:
