@@ -200,7 +200,7 @@ class CudaExchanger(Exchanger):
             totals=self.choices_received,
             planned=planned,
             num_sms=self.num_sms,
-            beside=self.overlap or self.hooks.any("dispatch_launched"),
+            beside=self._runs_beside("dispatch_launched"),
             lends=lends,
         )
 
@@ -211,6 +211,10 @@ class CudaExchanger(Exchanger):
 
         done: Any = self._checked(landed)
         return LentJob(done, self.link.lease, lambda result: result.rows) if lends else done
+
+    def _runs_beside(self, phase: str) -> bool:
+        """Whether work may be given to the current stream between the launch and the wait."""
+        return self.overlap or self.hooks.any(phase)
 
     def _check_arguments(
         self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, spec: ExchangeSpec
@@ -252,6 +256,7 @@ class CudaExchanger(Exchanger):
             self.link.header(call),
             wide=spec.wide_sums,
             num_sms=self.num_sms,
+            beside=self._runs_beside("combine_launched"),
         )
         return self._checked(lambda: job.result()[0])
 
@@ -265,7 +270,8 @@ class CudaExchanger(Exchanger):
         except Exception as error:
             self._refuse(call, error, spec)
         self._begin()
-        job = self.backend.replay(x, plan, self.link.header(call), num_sms=self.num_sms)
+        beside = self._runs_beside("backward_combine_launched")
+        job = self.backend.replay(x, plan, self.link.header(call), num_sms=self.num_sms, beside=beside)
         return self._checked(lambda: self._shape(job.result()[0]))
 
     def combine_grads(  # type: ignore[override]
@@ -285,6 +291,7 @@ class CudaExchanger(Exchanger):
             only_own_values=True,
             wide=spec.wide_sums,
             num_sms=self.num_sms,
+            beside=self._runs_beside("backward_dispatch_launched"),
         )
 
         def landed() -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@
 #include "device/opening.cuh"
 #include "host/checks.h"
 #include "host/cuda_check.h"
+#include "host/cuda_launch.h"
 #include "kernels/combine_sums.cuh"
 #include "kernels/exchange.h"
 #include "layout/plan.h"
@@ -21,7 +22,7 @@ constexpr int kPartTokens = 2;
 // Above, more warps with smaller stages are faster.
 constexpr int64_t kManyChunks = 2048 / kChunkTokens;
 // Sums of several rows gain more from finer work than each unit costs.
-constexpr int kWantedUnits = 128, kWantedUnitsOfChoices = 2048;
+constexpr int kWantedUnits = 128, kWantedUnitsOfChoices = 512;
 
 // Shared memory of one warp.
 template <class T, class Summer>
@@ -249,11 +250,11 @@ constexpr int64_t kBlockBytes =
     WarpShared<T, SummerOf<T, kBulk, kMany>>::num_bytes() * SummerOf<T, kBulk, kMany>::kWarps;
 
 template <class T, bool kBulk, bool kMany>
-void launch(const CombineParams& params, cudaStream_t stream) {
+void launch(const CombineParams& params, void* started, cudaStream_t stream) {
     const int num_blocks = params.num_senders + params.num_reducers;
     constexpr int kThreads = SummerOf<T, kBulk, kMany>::kWarps * kWarpSize;
-    combine_rows<T, kBulk, kMany><<<num_blocks, kThreads, kBlockBytes<T, kBulk, kMany>, stream>>>(params);
-    check_cuda(cudaGetLastError(), "combine_rows");
+    launch_telling_start("combine_rows", combine_rows<T, kBulk, kMany>, num_blocks, kThreads,
+                         kBlockBytes<T, kBulk, kMany>, started, stream, params);
 }
 
 // Loads a kernel and allows it its shared memory.
@@ -293,13 +294,13 @@ void prepare_combine(bool bulk) {
     }
 }
 
-void launch_combine(const CombineParams& params, bool bulk, void* stream) {
+void launch_combine(const CombineParams& params, bool bulk, void* started, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
     dispatch_element(params.element, [&](auto value) {
         using T = decltype(value);
-        if (!bulk) return launch<T, false, false>(params, on);
-        return params.rows.max_chunks > kManyChunks ? launch<T, true, true>(params, on)
-                                                    : launch<T, true, false>(params, on);
+        if (!bulk) return launch<T, false, false>(params, started, on);
+        return params.rows.max_chunks > kManyChunks ? launch<T, true, true>(params, started, on)
+                                                    : launch<T, true, false>(params, started, on);
     });
 }
 

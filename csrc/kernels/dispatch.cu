@@ -4,6 +4,7 @@
 #include "device/opening.cuh"
 #include "host/checks.h"
 #include "host/cuda_check.h"
+#include "host/cuda_launch.h"
 #include "kernels/dispatch_place.cuh"
 #include "kernels/dispatch_place_bulk.cuh"
 #include "kernels/dispatch_send.cuh"
@@ -99,12 +100,11 @@ __global__ void __launch_bounds__(kBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
 }
 
 template <bool kBulk, class From, bool kLends>
-void launch(const DispatchParams& params, cudaStream_t stream) {
+void launch(const DispatchParams& params, void* started, cudaStream_t stream) {
     const int64_t shared_bytes = kRowWarps<kBulk> * WarpShared(nullptr, kBulk, params.rows.top_k).num_bytes;
     const int num_blocks = params.num_senders + params.num_placers;
-    dispatch_rows<kBulk, From, kLends>
-        <<<num_blocks, kBlockThreads<kBulk, kLends>, static_cast<size_t>(shared_bytes), stream>>>(params);
-    check_cuda(cudaGetLastError(), "dispatch_rows");
+    launch_telling_start("dispatch_rows", dispatch_rows<kBulk, From, kLends>, num_blocks, kBlockThreads<kBulk, kLends>,
+                         shared_bytes, started, stream, params);
 }
 
 // Loads a kernel and allows it the shared memory of the largest K.
@@ -142,20 +142,22 @@ void prepare_dispatch(bool bulk) {
     check_cuda(cudaFuncGetAttributes(&attributes, drop_choices<int64_t>), "cudaFuncGetAttributes(drop_choices)");
 }
 
-void launch_dispatch(const DispatchParams& params, bool bulk, void* stream) {
+void launch_dispatch(const DispatchParams& params, bool bulk, void* started, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
     switch (params.cast) {
         case Cast::kNone:
             if (params.lends) {
-                return bulk ? launch<true, NoCast, true>(params, on) : launch<false, NoCast, true>(params, on);
+                return bulk ? launch<true, NoCast, true>(params, started, on)
+                            : launch<false, NoCast, true>(params, started, on);
             }
-            return bulk ? launch<true, NoCast, false>(params, on) : launch<false, NoCast, false>(params, on);
+            return bulk ? launch<true, NoCast, false>(params, started, on)
+                        : launch<false, NoCast, false>(params, started, on);
         case Cast::kFromBf16:
-            return launch<false, __nv_bfloat16, false>(params, on);
+            return launch<false, __nv_bfloat16, false>(params, started, on);
         case Cast::kFromHalf:
-            return launch<false, __half, false>(params, on);
+            return launch<false, __half, false>(params, started, on);
         case Cast::kFromFloat:
-            return launch<false, float, false>(params, on);
+            return launch<false, float, false>(params, started, on);
     }
 }
 

@@ -30,11 +30,17 @@ void launch_count(const PlanParams& plan, const OpenParams& params, void* stream
 void launch_drop(void* topk_idx, int index_bytes, const int32_t* idx_in_expert, const int32_t* keep_choices,
                  int64_t num_choices, int num_experts, void* stream);
 
+// `started` is a cudaEvent_t that the launch records once all blocks have their SMs, which computation on other streams
+// may want as well; or null.
+
 // Sends rows and places those that arrive, with copies by the copy engine where `bulk`, else by vector loads and
 // stores.
-void launch_dispatch(const DispatchParams& params, bool bulk, void* stream);
+void launch_dispatch(const DispatchParams& params, bool bulk, void* started, void* stream);
 
 // Sums layout rows per source token, sends the sums home, and adds up those that arrive; `bulk` as above.
-void launch_combine(const CombineParams& params, bool bulk, void* stream);
+void launch_combine(const CombineParams& params, bool bulk, void* started, void* stream);
+
+// A kernel without work: edges of a graph that begin where a kernel has started have to lead to a kernel.
+void launch_nothing(void* stream);
 
 }  // namespace moe_ep

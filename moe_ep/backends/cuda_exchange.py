@@ -21,24 +21,16 @@ from moe_ep.backends.cuda_jobs import Launch
 from moe_ep.backends.cuda_link import CudaLink, aligned, pointer
 from moe_ep.backends.cuda_outputs import Outputs, max_chunks, outputs_of
 from moe_ep.backends.cuda_placing import Placing
+from moe_ep.backends.cuda_settings import Settings
 from moe_ep.backends.lease import Lease
 from moe_ep.backends.types import Dispatch
-from moe_ep.config import FP8_GROUP, ExchangeSpec
-from moe_ep.handle import LAYOUT_CODES, CudaPlan
+from moe_ep.config import ExchangeSpec
+from moe_ep.handle import CudaPlan
 from moe_ep.plan import rows_of_factor
 
-_ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-_CASTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-# How many of 24 blocks send; the others place or reduce.
-_SENDERS_OF_24 = {"compact": 8, "expanded": 8, "slab": 8, "combine": 16, "combine compact": 16}
-# Of combines that go round the rings: senders wait for reducers to make room, and help them only when they are done.
-_SENDERS_OF_24_IN_LAPS = 11
-# SMs until a number is given: where the measured curve of two H100s begins to flatten (benchmarks/NOTES.md).
-_DEFAULT_SMS = {"compact": 24, "expanded": 32, "slab": 32, "combine": 32, "combine compact": 24}
 _HOPPER = (9, 0)
-_MOST_SETTINGS = 256
-# Of kernels that wait for peers, so that others', NCCL's say, always find room beside them.
-_MOST_SMS = 96
+# The host waits that long for sizes before it gives the GPU what is to run beside an exchange.
+_SOON_SECONDS = 1e-4
 
 
 class CudaBackend:
@@ -56,12 +48,12 @@ class CudaBackend:
         self.control = control
         self.link = CudaLink(control, granted_bytes)
         self.direct = DirectRows(self.link)
-        self.bulk = self.link.compute_capability >= _HOPPER if bulk is None else bulk
         self.max_tokens = 0
         self.reserved_tokens = 0
         self._extension = load_extension()
         self._serial = 0
-        self._settings: dict[tuple[Any, ...], Any] = {}
+        bulk = self.link.compute_capability >= _HOPPER if bulk is None else bulk
+        self.settings = Settings(self._extension, bulk, self.control.size, self.link.num_sms)
 
     @property
     def memory_bytes(self) -> int:
@@ -175,15 +167,6 @@ class CudaBackend:
     def _agree(self, *sizes: int) -> list[int]:
         return self.control.open(Call("reserve"), torch.tensor(sizes, device="cpu")).amax(0).tolist()
 
-    def _split(self, what: str, num_sms: int | None, in_laps: bool = False) -> tuple[int, int]:
-        """Blocks of the two roles of a kernel, by the layout that a dispatch places, or what a combine reads."""
-        # Blocks wait for each other, so all of them have to be resident.
-        num_sms = min(num_sms or _DEFAULT_SMS[what], self.link.num_sms, _MOST_SMS)
-        of_24 = _SENDERS_OF_24_IN_LAPS if in_laps and what not in LAYOUT_CODES else _SENDERS_OF_24[what]
-        senders = max(num_sms * of_24 // 24, 1)
-        others = max(num_sms - senders, 1)
-        return (0, senders + others) if self.control.size == 1 else (senders, others)
-
     # Dispatch
 
     def count(
@@ -247,7 +230,8 @@ class CudaBackend:
             planned: counts that were exchanged before.
             num_sms: None for the default.
             with_source: whether the result tells each received row's token.
-            beside: whether the current stream may be given more work before the outputs are asked for.
+            beside: whether the current stream may be given more work before the outputs are asked for. Where no other
+                exchange is under way, that work waits until this one has its SMs, and does not keep it from them.
             lends: whether rows stay in the arena; a fixed number of rows must fit, others do if they fit.
         """
         # Copies are made on the current stream, which the exchange waits for.
@@ -300,12 +284,12 @@ class CudaBackend:
         """Open a dispatch, and move its rows."""
         (x, scales, topk_weights), link, call = inputs, self.link, counts.call
         current = link.here()
-        settings, record = self._row_settings(spec, x, scales, topk_weights, num_sms)
+        settings, record = self.settings.rows(spec, x, scales, topk_weights, num_sms)
         strides = (0, 0) if scales is None else scales.stride()
         call.set_rows(settings, x.data_ptr(), pointer(topk_weights), pointer(scales), *strides)
         self._serial += 1
         identity = (owner, self.control.incarnation, self._serial)
-        take = None
+        take, holds = None, beside and link.is_idle()
         # A single rank has no rings.
         if lends and self.control.size > 1:
             call.lend(max_chunks(max_tokens))
@@ -314,55 +298,24 @@ class CudaBackend:
         if max_tokens or counts.sizes is not None:
             fixed = static_sizes(spec, max_tokens)
             out.allocate(*(counts.sizes or (*fixed, max_tokens, fixed[0])))
-            event = call.run(link.channel, header, current, link.queue, counted)
+            event = call.run(link.channel, header, current, link.queue, counted, holds)
             result = out.result()
             flight = link.end(current, (inputs, counts, result), event)
             return Launch(link, lambda: (result, (flight,)), outputs_of)
         # What is sent before the sizes are known must not wait for peers, which may wait for this host.
-        call.send(link.channel, header, current, link.queue, counted)
+        call.send(link.channel, header, current, link.queue, counted, holds)
 
         def note_sizes(max_tokens: int) -> int:
             self.max_tokens = max(self.max_tokens, max_tokens)
             return 1 if out.in_arena else self.num_laps(max_tokens, record)
 
-        placing = Placing(link, note_sizes, counts, out, current, (inputs, counts), beside)
+        # A host that is not ahead of its GPU knows the sizes soon, and then nothing comes between.
+        soon = holds and call.wait_sizes(link.channel, _SOON_SECONDS) is not None
+        placing = Placing(link, note_sizes, counts, out, current, (inputs, counts), beside and not soon, holds)
         link.defer(placing.place)
+        if soon:
+            placing.place()
         return Launch(link, placing.outputs, outputs_of)
-
-    def _row_settings(
-        self,
-        spec: ExchangeSpec,
-        x: Tensor,
-        scales: Tensor | None,
-        topk_weights: Tensor | None,
-        num_sms: int | None,
-    ) -> tuple[Any, tuple[int, int]]:
-        """How the rows of a dispatch travel: the extension's settings, and bytes of a row and words of metadata."""
-        weight_words = 0 if topk_weights is None else topk_weights.itemsize // WORD_BYTES
-        scale_words = 0 if scales is None else scales.shape[1]
-        key = ("dispatch", self.bulk, spec, x.dtype, x.shape[1], weight_words, scale_words, num_sms)
-        if key not in self._settings:
-            cast, row_bytes, num_scales = 0, x.shape[1] * x.itemsize, scale_words
-            if spec.wire_dtype is not None and scales is None:
-                cast, row_bytes, num_scales = _CASTS[x.dtype], x.shape[1], x.shape[1] // FP8_GROUP
-            senders, placers = self._split(spec.layout, num_sms)
-            settings = self._extension.RowSettings(
-                row_bytes=row_bytes,
-                weight_words=weight_words,
-                scale_words=num_scales,
-                cast=cast,
-                num_senders=senders,
-                num_placers=placers,
-                bulk=self.bulk and cast == 0,
-            )
-            self._remember(key, (settings, (row_bytes, (2 + weight_words) * spec.top_k + num_scales)))
-        return self._settings[key]
-
-    def _remember(self, key: tuple[Any, ...], settings: Any) -> None:  # noqa: ANN401
-        # Settings that vary without end are not worth keeping.
-        if len(self._settings) >= _MOST_SETTINGS:
-            self._settings.clear()
-        self._settings[key] = settings
 
     def _kept(self, plan: CudaPlan) -> Any:  # noqa: ANN401
         return self._extension.KeptPlan(
@@ -384,6 +337,7 @@ class CudaBackend:
         header: list[int],
         scales: Tensor | None = None,
         num_sms: int | None = None,
+        beside: bool = False,
     ) -> Launch[tuple[Tensor, Tensor | None]]:
         """Launch a dispatch of other rows [T, H] along a plan: layout rows, and their scales."""
         x = aligned(x)
@@ -394,7 +348,7 @@ class CudaBackend:
         strides = (0, 0) if scales is None else scales.stride()
         event = self._extension.replay(
             self.link.channel,
-            self._replay_settings(x, scale_words, plan.is_compact, num_sms),
+            self.settings.replay(x, scale_words, plan.is_compact, num_sms),
             self._kept(plan),
             header,
             x.data_ptr(),
@@ -404,25 +358,10 @@ class CudaBackend:
             pointer(out_scales),
             current,
             self.link.queue,
+            beside and self.link.is_idle(),
         )
         flight = self.link.end(current, (x, scales, rows, out_scales, plan), event)
         return Launch(self.link, lambda: ((rows, out_scales), (flight,)), tuple)
-
-    def _replay_settings(self, x: Tensor, scale_words: int, compact: bool, num_sms: int | None) -> Any:  # noqa: ANN401
-        key = ("replay", self.bulk, x.dtype, x.shape[1], scale_words, compact, num_sms)
-        if key not in self._settings:
-            senders, placers = self._split("compact" if compact else "expanded", num_sms)
-            settings = self._extension.RowSettings(
-                row_bytes=x.shape[1] * x.itemsize,
-                weight_words=0,
-                scale_words=scale_words,
-                cast=0,
-                num_senders=senders,
-                num_placers=placers,
-                bulk=self.bulk,
-            )
-            self._remember(key, settings)
-        return self._settings[key]
 
     # Combine
 
@@ -437,6 +376,7 @@ class CudaBackend:
         only_own_values: bool = False,
         wide: bool = False,
         num_sms: int | None = None,
+        beside: bool = False,
     ) -> Launch[tuple[Tensor, Tensor | None]]:
         """Launch the way home of layout rows: each token's sum, and of values that travel beside them.
 
@@ -450,6 +390,7 @@ class CudaBackend:
             only_own_values: whether values of compact rows count for this rank's choices alone.
             wide: whether sums of 16-bit rows travel in fp32.
             num_sms: None for the default.
+            beside: as in :meth:`dispatch`.
 
         Returns:
             [T, H] in y's dtype, and [T, K] values or None.
@@ -469,7 +410,7 @@ class CudaBackend:
         words = (weight_words, value_words)
         event = self._extension.combine(
             self.link.channel,
-            self._combine_settings(y, words, only_own_values, wide, plan.is_compact, num_sms, laps > 1),
+            self.settings.combine(y, words, only_own_values, wide, plan.is_compact, num_sms, laps > 1),
             self._kept(plan),
             header,
             top_k,
@@ -482,37 +423,10 @@ class CudaBackend:
             pointer(out_values),
             current,
             self.link.queue,
+            beside and self.link.is_idle(),
         )
         flight = self.link.end(current, (y, row_weights, plan, bias, values, out, out_values), event)
         return Launch(self.link, lambda: ((out, out_values), (flight,)), tuple)
-
-    def _combine_settings(
-        self,
-        y: Tensor,
-        words: tuple[int, int],
-        only_own_values: bool,
-        wide: bool,
-        compact: bool,
-        num_sms: int | None,
-        in_laps: bool,
-    ) -> Any:  # noqa: ANN401
-        key = ("combine", self.bulk, y.dtype, y.shape[1], words, only_own_values, wide, compact, num_sms, in_laps)
-        if key not in self._settings:
-            what = "combine compact" if compact else "combine"
-            senders, reducers = self._split(what, num_sms, in_laps)
-            settings = self._extension.CombineSettings(
-                element=_ELEMENTS[y.dtype],
-                hidden=y.shape[1],
-                wide_wire=wide,
-                weight_words=words[0],
-                value_words=words[1],
-                only_own_values=only_own_values,
-                num_senders=senders,
-                num_reducers=reducers,
-                bulk=self.bulk,
-            )
-            self._remember(key, settings)
-        return self._settings[key]
 
 
 def static_sizes(spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:

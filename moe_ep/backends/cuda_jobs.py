@@ -21,6 +21,7 @@ class Flight:
         event: its end, an event of the extension.
         stream: address of the stream that its tensors were allocated on.
         keep: inputs, outputs and temporaries; nothing once it has landed.
+        landed: whether a stream of the caller waits for it.
         foreign: whether its outputs were allocated on another stream, none of the caller's.
         captured: whether it belongs to a graph, so that its event says nothing to the host.
     """
@@ -30,6 +31,7 @@ class Flight:
     keep: tuple[Any, ...]
     captured: bool
     foreign: bool = False
+    landed: bool = False
 
     def let_go(self) -> bool:
         """Keep nothing any more, if the host knows of its end; returns whether it does."""

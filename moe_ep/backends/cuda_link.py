@@ -241,6 +241,10 @@ class CudaLink:
             self._flights = [one for one in self._flights if not one.let_go()]
         return self.here()
 
+    def is_idle(self) -> bool:
+        """Whether the caller waits, or has waited, for all exchanges so far."""
+        return all(flight.landed for flight in self._flights)
+
     def follow(self, current: int) -> None:
         """Order the communication stream after the current one, once outputs are allocated on it.
 
@@ -319,6 +323,7 @@ class CudaLink:
         """
         current = self.here()
         flight.event.wait(current)
+        flight.landed = True
         if current != flight.stream or flight.foreign:
             self.lend(outputs, torch.cuda.current_stream(self.device))
         if current == flight.stream and flight in self._flights:

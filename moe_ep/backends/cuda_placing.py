@@ -24,7 +24,8 @@ class Placing:
         out: what is to be allocated.
         stream: the current one when the first half was launched.
         keep: what both halves read.
-        beside: whether the current stream may have been given more work since.
+        later: whether the current stream may have been given more work since.
+        holds: whether what it is given next waits until rows are being placed.
     """
 
     def __init__(
@@ -35,7 +36,8 @@ class Placing:
         out: Outputs,
         stream: int,
         keep: tuple[Any, ...],
-        beside: bool,
+        later: bool,
+        holds: bool,
     ) -> None:
         self._link = link
         self._note_sizes = note_sizes
@@ -43,7 +45,8 @@ class Placing:
         self._out = out
         self._stream = stream
         self._keep = keep
-        self._beside = beside
+        self._later = later
+        self._holds = holds
         self._result: Dispatch | None = None
         self._flights: tuple[Flight, ...] = ()
 
@@ -59,7 +62,7 @@ class Placing:
         finally:
             link.placed(self.place)
         keep = self._keep
-        if self._beside:
+        if self._later:
             # What the current stream has been given since may use its memory. What lies in that of the placing stream
             # comes behind that stream's own work, so that nobody has to keep it.
             with torch.cuda.stream(link.place_stream):
@@ -68,10 +71,12 @@ class Placing:
             # The sizes came behind all that the current stream had been given.
             self._out.allocate(*sizes)
             keep = (*keep, self._out)
-        event = counts.call.place(link.channel, link.queue, link.place_queue, self._note_sizes(sizes[2]))
+        event = counts.call.place(
+            link.channel, self._stream, link.queue, link.place_queue, self._note_sizes(sizes[2]), self._holds
+        )
         counts.host_counts = counts.call.host_counts(link.channel)
         self._result = self._out.result()
-        self._flights = (link.end(self._stream, keep, event, self._beside),)
+        self._flights = (link.end(self._stream, keep, event, self._later),)
 
     def outputs(self) -> tuple[Dispatch, tuple[Flight, ...]]:
         """The outputs, and what to wait for before they are read."""

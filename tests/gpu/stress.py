@@ -132,7 +132,7 @@ def stress(
         while done < num_exchanges:
             spec = draw_spec(draw, size, most)
             tokens = [draw.choice((0, 1, 5, 33, most)) for _ in range(size)]
-            me.backend.bulk = draw.random() < 0.7 and bulk and torch.cuda.get_device_capability() >= (9, 0)
+            me.backend.settings.bulk = draw.random() < 0.7 and bulk and torch.cuda.get_device_capability() >= (9, 0)
             kind, routing_seed = draw.choice(_KINDS), draw.randrange(1 << 30)
             ids, xs = [], []
             for source, count in enumerate(tokens):
@@ -143,7 +143,7 @@ def stress(
                 xs.append(values.to("cuda", spec.dtype))
             compact, lends = spec.layout == "compact", draw.random() < lending
             want = (expected_compact if compact else expected_rows)(spec, ctx.rank, ids, xs)
-            about = (f"rank {ctx.rank}", f"bulk {me.backend.bulk}", f"lends {lends}", spec, tokens, kind)
+            about = (f"rank {ctx.rank}", f"bulk {me.backend.settings.bulk}", f"lends {lends}", spec, tokens, kind)
             x, topk_idx = xs[ctx.rank], ids[ctx.rank]
             homes = topk_idx // spec.num_local_experts
             visits = (homes.unsqueeze(2) == torch.arange(size, device="cuda")).any(1)

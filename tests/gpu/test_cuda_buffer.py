@@ -69,7 +69,7 @@ def compare(ctx: RankContext, seeds: list[int], bulk: bool, granted_row: int, no
     granted_bytes = 64 * record_bytes(granted_row) * ctx.world_size if granted_row else 0
     buffer = make_buffer(ctx, num_nvl_bytes=granted_bytes, **settings)
     oracle = Buffer(ctx.group, backend="torch", timeout_s=20, **settings)
-    buffer.backend.bulk = bulk
+    buffer.backend.settings.bulk = bulk
     for seed in seeds:
         case = make_case(seed, ctx.world_size, granted_row or 1 << 16)
         expected = run_case(ctx.rank, "cpu", oracle, case)
@@ -221,8 +221,8 @@ def test_exchanges_run_beside_the_current_stream(num_ranks: int) -> None:
 
 def count_sms(ctx: RankContext) -> list[int | None]:
     buffer = make_buffer(ctx)
-    split, seen = buffer.backend._split, []
-    buffer.backend._split = lambda what, num_sms, *laps: seen.append(num_sms) or split(what, num_sms, *laps)
+    split, seen = buffer.backend.settings.split, []
+    buffer.backend.settings.split = lambda what, num_sms, *laps: seen.append(num_sms) or split(what, num_sms, *laps)
     try:
         run_case(ctx.rank, "cuda", buffer, one_case(ctx, num_sms=6))
         Buffer.set_num_sms(10)

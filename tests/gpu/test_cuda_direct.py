@@ -27,7 +27,7 @@ SMALL_GRANT = 16 * 16384
 def make_buffer(ctx: RankContext, granted_bytes: int = 0, bulk: bool = True) -> Buffer:
     torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
     buffer = Buffer(ctx.group, granted_bytes, backend="cuda", timeout_s=20)
-    buffer.backend.bulk = bulk and torch.cuda.get_device_capability() >= (9, 0)
+    buffer.backend.settings.bulk = bulk and torch.cuda.get_device_capability() >= (9, 0)
     return buffer
 
 

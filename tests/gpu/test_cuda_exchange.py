@@ -26,7 +26,7 @@ def compare_cases(ctx: RankContext, cases: list[Case], bulk: bool, granted_bytes
     oracle = Buffer(ctx.group, backend="torch", timeout_s=20)
     buffer = Buffer(ctx.group, granted_bytes * ctx.world_size, backend="cuda", timeout_s=20)
     assert buffer.backend_name == "cuda"
-    buffer.backend.bulk = bulk
+    buffer.backend.settings.bulk = bulk
     for case in cases:
         expected = run_case(ctx.group, ctx.rank, "cpu", oracle, case)
         got = run_case(ctx.group, ctx.rank, "cuda", buffer, case)

@@ -90,10 +90,11 @@ class Run:
         return self.dispatcher.dispatch_async(x, self.topk_idx, self.weights)
 
     def hold(self) -> None:
-        """Keep the communication stream busy from now on."""
+        """Keep the communication stream busy from now on, as an exchange does that nobody has waited for."""
         torch.cuda.synchronize()
         with torch.cuda.stream(self.link.stream):
             torch.cuda._sleep(HOLD_CYCLES)
+        self.link.end(self.link.here(), ())
 
     def poison(self, num_rows: int, busy: torch.cuda.Stream | None = None) -> list[Tensor]:
         """NaN in all memory of a size that the current stream may have, while another stream is still busy."""

@@ -76,14 +76,14 @@ int64_t Channel::count(const PlanParams& plan, OpenParams& params, bool tell_siz
     return params.ticket;
 }
 
-void Channel::dispatch(DispatchParams& params, bool bulk, void* stream) {
+void Channel::dispatch(DispatchParams& params, bool bulk, void* started, void* stream) {
     params.link = link_;
-    if (params.num_senders + params.num_placers > 0) launch_dispatch(params, bulk, stream);
+    launch_dispatch(params, bulk, started, stream);
 }
 
-void Channel::combine(CombineParams& params, bool bulk, void* stream) {
+void Channel::combine(CombineParams& params, bool bulk, void* started, void* stream) {
     params.link = link_;
-    launch_combine(params, bulk, stream);
+    launch_combine(params, bulk, started, stream);
 }
 
 void Channel::order(uintptr_t first, uintptr_t then) {

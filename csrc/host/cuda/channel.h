@@ -22,8 +22,8 @@ public:
     void open(const Opening& opening, void* stream);
     // Opens a dispatch. Returns a ticket for wait_sizes, 0 unless `tell_sizes`.
     int64_t count(const PlanParams& plan, OpenParams& params, bool tell_sizes, void* stream);
-    void dispatch(DispatchParams& params, bool bulk, void* stream);
-    void combine(CombineParams& params, bool bulk, void* stream);
+    void dispatch(DispatchParams& params, bool bulk, void* started, void* stream);
+    void combine(CombineParams& params, bool bulk, void* started, void* stream);
     // Makes a stream wait for all that another one has been given so far.
     void order(uintptr_t first, uintptr_t then);
     void plant_fault(int fault) { link_.fault = static_cast<Fault>(fault); }

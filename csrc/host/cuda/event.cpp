@@ -71,6 +71,11 @@ void Event::record(uintptr_t stream) {
     check_cuda(cudaEventRecord(event_of(event_), stream_of(stream)), "cudaEventRecord");
 }
 
+void* Event::handle(uintptr_t stream) {
+    captured_ = captured_ || is_capturing(stream_of(stream));
+    return event_;
+}
+
 void Event::wait(uintptr_t stream) {
     check_cuda(cudaStreamWaitEvent(stream_of(stream), event_of(event_), 0), "cudaStreamWaitEvent");
 }

@@ -15,6 +15,9 @@ public:
 
     void record(uintptr_t stream);
     void wait(uintptr_t stream);
+    // For a launch on a stream that records it: the cudaEvent_t.
+    void* handle(uintptr_t stream);
+    bool is_captured() const { return captured_; }
     bool query();
     void order(uintptr_t first, uintptr_t then) {
         record(first);

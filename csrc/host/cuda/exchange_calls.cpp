@@ -16,24 +16,28 @@ void fill_header(int32_t* words, const Header& header) {
     for (int word = 0; word < kHeaderWords; ++word) words[word] = header[word];
 }
 
-// Bytes of a rank's rows up to which the kernel that moves them opens the exchange itself. Above, a launch more counts
-// for little, and blocks that wait for peers who are late would take their SMs from others.
-constexpr int64_t kMostOpeningBytes = 8 << 20;
-
 // Begins an exchange without counts, behind what the current stream has been given. Returns how the kernel that moves
-// its rows opens it, where it does.
-Opening open_plainly(Channel& channel, const Header& header, bool opens_itself, Streams streams) {
+// its rows opens it: one that is launched when another has opened it would find its SMs taken by what runs beside it.
+Opening begin_plainly(Channel& channel, const Header& header, Streams streams) {
     Opening opening{};
     opening.opens = 1;
     fill_header(opening.header, header);
     channel.order(streams.current, streams.queue);
-    if (opens_itself) return opening;
-    channel.open(opening, stream_of(streams.queue));
-    return {};
+    return opening;
 }
 
-bool opens_itself(const RowParams& rows) {
-    return rows.num_tokens * rows.row_bytes <= kMostOpeningBytes;
+// Launches on the queue, by `launch(event)`, where the event is to be recorded once all blocks have their SMs; null
+// where nobody waits for that.
+template <class Launch>
+void launch_beside(Streams streams, Launch&& launch) {
+    if (!streams.beside || streams.current == streams.queue) {
+        launch(nullptr);
+        return;
+    }
+    Event started;
+    launch(started.handle(streams.queue));
+    started.wait(streams.current);
+    if (started.is_captured()) launch_nothing(stream_of(streams.current));
 }
 
 std::unique_ptr<Event> recorded(uintptr_t stream) {
@@ -155,7 +159,8 @@ void DispatchCall::set_output(std::byte* received, int64_t max_chunks, int64_t n
 
 void DispatchCall::open(Channel& channel, const Header& header, Streams streams, bool counted, bool sends) {
     if (counted) {
-        params_.opening = open_plainly(channel, header, sends && opens_itself(params_.rows), streams);
+        params_.opening = begin_plainly(channel, header, streams);
+        if (!sends) channel.open(params_.opening, stream_of(streams.queue));
         return;
     }
     params_.opening = {};
@@ -174,11 +179,14 @@ void DispatchCall::open(Channel& channel, const Header& header, Streams streams,
     ticket_ = channel.count(plan_, open_, tells_sizes(), stream);
 }
 
-void DispatchCall::launch(Channel& channel, int num_senders, int num_placers, Laps laps, uintptr_t stream) {
+void DispatchCall::launch(Channel& channel, int num_senders, int num_placers, Laps laps, Streams streams) {
+    if (num_senders + num_placers == 0) return;
     params_.num_senders = num_senders;
     params_.num_placers = num_placers;
     params_.laps = laps;
-    channel.dispatch(params_, row_settings_.bulk, stream_of(stream));
+    launch_beside(streams, [&](void* started) {
+        channel.dispatch(params_, row_settings_.bulk, started, stream_of(streams.queue));
+    });
 }
 
 void DispatchCall::count(Channel& channel, const Header& header, Streams streams) {
@@ -189,22 +197,23 @@ void DispatchCall::send(Channel& channel, const Header& header, Streams streams,
     const int senders = row_settings_.num_senders + (sends_all() ? row_settings_.num_placers : 0);
     // A single rank sends nothing.
     open(channel, header, streams, counted, senders > 0);
-    launch(channel, senders, 0, Laps::kFirst, streams.queue);
+    launch(channel, senders, 0, Laps::kFirst, streams);
     params_.opening = {};
 }
 
-std::unique_ptr<Event> DispatchCall::place(Channel& channel, uintptr_t queue, uintptr_t place_queue, int64_t num_laps) {
+std::unique_ptr<Event> DispatchCall::place(Channel& channel, Streams streams, uintptr_t place_queue, int64_t num_laps) {
     const int senders = row_settings_.num_senders, placers = row_settings_.num_placers;
     // NOTE: no stream has to wait for the opening: this host has seen what it wrote last. Later laps are sent and
     // placed by one launch, so that senders never wait for placers that are not there.
+    const Streams placing{streams.current, place_queue, streams.beside};
     if (num_laps > 1) {
-        launch(channel, senders, placers, Laps::kLater, place_queue);
+        launch(channel, senders, placers, Laps::kLater, placing);
     } else {
-        launch(channel, 0, senders + placers, Laps::kLater, place_queue);
+        launch(channel, 0, senders + placers, Laps::kLater, placing);
     }
     // Later exchanges come after this one's rows are placed.
-    channel.order(place_queue, queue);
-    return recorded(queue);
+    channel.order(place_queue, streams.queue);
+    return recorded(streams.queue);
 }
 
 std::unique_ptr<Event> DispatchCall::run(Channel& channel, const Header& header, Streams streams, bool counted) {
@@ -212,7 +221,7 @@ std::unique_ptr<Event> DispatchCall::run(Channel& channel, const Header& header,
     const int senders = row_settings_.num_senders, placers = row_settings_.num_placers;
     // NOTE: blocks that all send take one lap alone: in further ones they would wait for placers.
     const bool all_send = sends_all() && params_.direct_groups > 0;
-    launch(channel, all_send ? senders + placers : senders, all_send ? 0 : placers, Laps::kAll, streams.queue);
+    launch(channel, all_send ? senders + placers : senders, all_send ? 0 : placers, Laps::kAll, streams);
     return recorded(streams.queue);
 }
 
@@ -225,7 +234,7 @@ std::unique_ptr<Event> replay(Channel& channel, const RowSettings& settings, con
                               int64_t scale_word_stride, std::byte* out, int32_t* out_scales, Streams streams) {
     DispatchParams params{};
     params.rows = kept_rows(channel, plan, settings.row_bytes, settings.scale_words);
-    params.opening = open_plainly(channel, header, opens_itself(params.rows), streams);
+    params.opening = begin_plainly(channel, header, streams);
     params.num_senders = settings.num_senders;
     params.num_placers = settings.num_placers;
     params.laps = Laps::kAll;
@@ -242,7 +251,8 @@ std::unique_ptr<Event> replay(Channel& channel, const RowSettings& settings, con
     params.num_rows = plan.num_rows;
     params.out_scales = out_scales;
     params.zero_padding = plan.zero_padding;
-    channel.dispatch(params, settings.bulk, stream_of(streams.queue));
+    launch_beside(streams,
+                  [&](void* started) { channel.dispatch(params, settings.bulk, started, stream_of(streams.queue)); });
     return recorded(streams.queue);
 }
 
@@ -255,7 +265,7 @@ std::unique_ptr<Event> combine(Channel& channel, const CombineSettings& settings
                                                                                               : 2;
     CombineParams params{};
     params.rows = kept_rows(channel, plan, settings.hidden * element_bytes, top_k * settings.value_words);
-    params.opening = open_plainly(channel, header, opens_itself(params.rows), streams);
+    params.opening = begin_plainly(channel, header, streams);
     params.num_senders = settings.num_senders;
     params.num_reducers = settings.num_reducers;
     params.layout = plan.layout;
@@ -273,7 +283,8 @@ std::unique_ptr<Event> combine(Channel& channel, const CombineSettings& settings
     params.bias[1] = bias_1;
     params.out_values = out_values;
     params.rows.top_k = top_k;
-    channel.combine(params, settings.bulk, stream_of(streams.queue));
+    launch_beside(streams,
+                  [&](void* started) { channel.combine(params, settings.bulk, started, stream_of(streams.queue)); });
     return recorded(streams.queue);
 }
 

@@ -51,10 +51,12 @@ struct KeptPlan {
     std::byte* received;
 };
 
-// The streams of an exchange: what the current one has been given so far comes first.
+// The streams of an exchange: what the current one has been given so far comes first. `beside`: what it is given next
+// is to run beside the exchange, and waits until that has its SMs.
 struct Streams {
     uintptr_t current;
     uintptr_t queue;
+    bool beside;
 };
 
 // One dispatch that makes a plan. Constructing it launches nothing. The channel is given to each call anew: it may have
@@ -83,7 +85,7 @@ public:
     void send(Channel& channel, const Header& header, Streams streams, bool counted);
     // Sends what is left and places all; the output was set after the sizes had come, in memory that is free for what
     // comes behind the opening.
-    std::unique_ptr<Event> place(Channel& channel, uintptr_t queue, uintptr_t place_queue, int64_t num_laps);
+    std::unique_ptr<Event> place(Channel& channel, Streams streams, uintptr_t place_queue, int64_t num_laps);
     // A whole dispatch whose output was set before.
     std::unique_ptr<Event> run(Channel& channel, const Header& header, Streams streams, bool counted);
 
@@ -99,7 +101,7 @@ private:
     void open(Channel& channel, const Header& header, Streams streams, bool counted, bool sends);
     // Whether senders leave no rows to be moved, so that all blocks send.
     bool sends_all() const { return params_.lends != 0 && params_.layout == Layout::kCompact; }
-    void launch(Channel& channel, int num_senders, int num_placers, Laps laps, uintptr_t stream);
+    void launch(Channel& channel, int num_senders, int num_placers, Laps laps, Streams streams);
 
     CountSettings settings_;
     RowSettings row_settings_{};

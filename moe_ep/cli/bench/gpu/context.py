@@ -118,7 +118,7 @@ class Context:
     def num_sms(self, op: str, layout: str, asked: int | None = None) -> int:
         """SMs of a dispatch to a layout, or of a combine from it."""
         what = layout if op == "dispatch" else "combine compact" if layout == "compact" else "combine"
-        return sum(self.buffer.backend._split(what, asked))
+        return sum(self.buffer.backend.settings.split(what, asked))
 
     def add(self, inputs: Inputs, *, timing: Timing, floor: Timing | None = None, **facts: Any) -> None:
         """Keep one row of results."""
