@@ -291,9 +291,8 @@ def read_late(ctx: RankContext, fault: str | None) -> Outcome:
     with torch.no_grad():
         run = Run(ctx, exact=True)
         with watched(run, fault):
-            # An exchange that nobody has waited for: sizes are not waited for either, which would give rows memory of
-            # this stream.
-            run.link.end(run.link.here(), ())
+            # Behind another exchange sizes are not waited for at once, which would give rows memory of this stream.
+            run.hold()
             pending = run.dispatch_async(run.tokens())
             routed = pending.wait()
             torch.cuda._sleep(HOLD_CYCLES)
