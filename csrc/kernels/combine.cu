@@ -279,6 +279,14 @@ void dispatch_element(Element element, Visit&& visit) {
     }
 }
 
+// Not in laps, where senders wait for room as soon as more warps send.
+bool has_many_rows(const CombineParams& params) {
+    const RecordDims dims{params.rows.row_bytes, params.rows.meta_words};
+    const int64_t num_groups = params.rows.max_chunks;
+    const bool in_laps = params.link.num_ranks > 1 && num_groups > num_ring_groups(params.link.payload_bytes, dims);
+    return num_groups > kManyChunks && !in_laps;
+}
+
 }  // namespace
 
 void prepare_combine(bool bulk) {
@@ -299,8 +307,8 @@ void launch_combine(const CombineParams& params, bool bulk, void* started, void*
     dispatch_element(params.element, [&](auto value) {
         using T = decltype(value);
         if (!bulk) return launch<T, false, false>(params, started, on);
-        return params.rows.max_chunks > kManyChunks ? launch<T, true, true>(params, started, on)
-                                                    : launch<T, true, false>(params, started, on);
+        return has_many_rows(params) ? launch<T, true, true>(params, started, on)
+                                     : launch<T, true, false>(params, started, on);
     });
 }
 
