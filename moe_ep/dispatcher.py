@@ -326,6 +326,8 @@ class TokenDispatcher(nn.Module):
     ) -> PendingDispatch:
         """As :meth:`dispatch`, returning at once; work created before ``.wait()`` runs beside it, also in backward.
 
+        Without a capacity the CUDA backend first waits up to 100 us for the sizes, so that rows are placed at once.
+
         NOTE: x, topk_idx and topk_weights must not be changed in place before ``.wait()``. With ``out="arena"`` no
         exchange of the Buffer may be launched before it either; ``.wait()`` then raises MoeEpError.
         """

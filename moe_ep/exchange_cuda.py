@@ -334,9 +334,10 @@ class CudaExchanger(Exchanger):
 
     def _prepare(self, num_tokens: int, spec: ExchangeSpec) -> int:
         """Reserve memory where it is missing; returns the T that fixed sizes are meant for, 0 without a capacity."""
-        # The rings are made for the most that any rank will send, where that is said, whatever the first exchange has.
-        self.backend.ensure(max(num_tokens, spec.max_tokens_per_rank or 0), *self._record(spec))
-        if spec.layout != "slab" and spec.capacity is None:
+        fixed = spec.layout == "slab" or spec.capacity is not None
+        # Fixed sizes tell nobody a larger T later: the first exchange makes the rings for the most there may be.
+        self.backend.ensure(max(num_tokens, fixed and spec.max_tokens_per_rank or 0), *self._record(spec))
+        if not fixed:
             return 0
         if spec.max_tokens_per_rank is not None:
             return spec.max_tokens_per_rank

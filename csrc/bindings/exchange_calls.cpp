@@ -113,8 +113,9 @@ void register_dispatch(py::module_& module) {
     py::class_<DispatchCall>(module, "DispatchCall",
                              R"(One dispatch that makes a plan. Constructing it launches nothing.
 
-Calls that launch take the channel, a header, and streams. All but wait_sizes only enqueue work, behind what the stream current has been given so far. With beside, what that stream
-is given next waits until the exchange has its SMs, and runs beside it. Memory is the caller's
+Calls that launch take the channel, a header, and streams. All but wait_sizes only enqueue work, behind what the stream
+current has been given so far; place behind send. With beside, what current is given next waits until the exchange has its
+SMs, and runs beside it. Memory is the caller's
 and outlives the launches: topk_idx [T, K]; source, a block of source_plan_words; told_choices int32 [E] or 0 for those
 of topk_idx; told_tokens and told_ends int32 [e]; told_overflow one byte.)")
         .def(py::init([](const CountSettings& settings, int64_t num_tokens, uintptr_t topk_idx, uintptr_t source,
@@ -163,7 +164,7 @@ of topk_idx; told_tokens and told_ends int32 [e]; told_overflow one byte.)")
         .def(
             "send",
             [](DispatchCall& call, Channel& channel, const Header& header, uintptr_t current, uintptr_t queue,
-               bool counted, bool beside) { call.send(channel, header, {current, queue, beside}, counted); },
+               bool beside) { call.send(channel, header, {current, queue, beside}); },
             "As count, and sends what fits the rings.")
         .def(
             "place",

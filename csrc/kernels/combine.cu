@@ -156,7 +156,7 @@ __device__ void reduce_tokens(const CombineParams& params, uint64_t epoch, const
     for (int64_t item = tickets.take(); item < total * units; item = tickets.take()) {
         const int64_t chunk = item / units, slot = chunk % ring_groups, lap = chunk / ring_groups;
         const int part = static_cast<int>(item % units) / cut.slices, slice = static_cast<int>(item % cut.slices);
-        // A group that is not cut is flagged once, whatever parts it is reduced in.
+        // A slice of a group that is not cut into parts is flagged once, whatever parts it is reduced in.
         const int64_t flag = slot * cut.units() + (cut.parts == 1 ? 0 : part * cut.slices) + slice;
         if (!wait_for_groups(link, epoch, flag, lap)) return;
         // Rows that were acquired through flags are read by the copy engine.

@@ -36,8 +36,13 @@ __device__ bool tell_counted(const Link& link, uint64_t epoch) {
 __device__ bool wait_for_counts(const Link& link, uint64_t epoch) {
     bool good = true;
     if (threadIdx.x < blockIdx.x) {
-        while (good && ptx::load_acquire_gpu(&link.state->counted[threadIdx.x]) != epoch) {
+        const uint64_t start = ptx::global_nanoseconds();
+        uint64_t counted;
+        while ((counted = ptx::load_acquire_gpu(&link.state->counted[threadIdx.x])) != epoch && good) {
             good = !device::has_failed(link);
+            if (ptx::global_nanoseconds() - start <= link.timeout_ns) continue;
+            device::report(link, Trouble::kTimeout, link.rank, Phase::kOpening, epoch, counted);
+            good = false;
         }
     }
     return __syncthreads_and(good) != 0;
@@ -69,8 +74,9 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     const bool good = counts.receive();
     if (good) plan_dispatch(open, counts, wanted);
-    // What all threads have written, for the host and for kernels that it launches when it knows, comes before the
-    // ticket: each makes its own words seen, the barrier gathers them.
+    // What this block has written, for the host and for kernels that it launches when it knows, comes before the
+    // ticket: each thread makes its own words seen, the barrier gathers them. Other blocks may still number their
+    // tokens.
     const bool tells = good && open.sizes != nullptr;
     if (tells) __threadfence_system();
     __syncthreads();

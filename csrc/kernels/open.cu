@@ -55,6 +55,16 @@ void launch_open(const Link& link, const Opening& opening, void* stream) {
     check_cuda(cudaGetLastError(), "open_exchange");
 }
 
+bool launches_tell_start() {
+    constexpr int kFirstVersion = 12030;
+    static const bool told = [] {
+        int version = 0;
+        return CUDART_VERSION >= kFirstVersion && cudaDriverGetVersion(&version) == cudaSuccess &&
+               version >= kFirstVersion;
+    }();
+    return told;
+}
+
 void launch_nothing(void* stream) {
     do_nothing<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>();
     check_cuda(cudaGetLastError(), "do_nothing");

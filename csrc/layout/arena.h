@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "layout/buffer.h"
+#include "layout/plan.h"
 
 namespace moe_ep {
 
@@ -16,7 +17,7 @@ inline constexpr int kChunkTokens = 4;
 // Words of one rank's opening message: header, number of tokens, choices per expert, tokens per rank. Each travels with
 // the low half of its exchange's number in one store, so that a word that has come says so itself.
 inline constexpr int kHeaderWords = 8;
-inline constexpr int kMaxOpeningWords = kHeaderWords + 4096 + kMaxNodeRanks;
+inline constexpr int kMaxOpeningWords = kHeaderWords + 1 + kMaxExperts + kMaxNodeRanks;
 
 // Opening messages of consecutive exchanges use different sets: a peer may still read the one before.
 inline constexpr int kNumOpeningSets = 2;

@@ -164,8 +164,8 @@ struct CapacityRule {
     int32_t drop;        // whether choices beyond are dropped rather than outputs poisoned
 };
 
-// A kernel that opens its exchange itself: all of its blocks wait for all peers, which takes less time than another
-// launch where rows are few. Others follow a kernel of one block that has opened it.
+// A kernel that opens its exchange itself: all of its blocks wait for all peers. Others follow the kernel that has
+// counted for a dispatch, or an opening without rows.
 struct Opening {
     int32_t opens;
     int32_t header[kHeaderWords];

@@ -89,7 +89,7 @@ class CudaBackend:
         """Reserve memory at the first exchange, or where one needs more. Collective when it does anything.
 
         Args:
-            num_tokens: T of this rank.
+            num_tokens: T of this rank, or more that it may send.
             row_bytes: bytes of a row as it travels.
             meta_words: 32-bit words that travel with it.
         """
@@ -303,7 +303,7 @@ class CudaBackend:
             flight = link.end(current, (inputs, counts, result), event)
             return Launch(link, lambda: (result, (flight,)), outputs_of)
         # What is sent before the sizes are known must not wait for peers, which may wait for this host.
-        call.send(link.channel, header, current, link.queue, counted, holds)
+        call.send(link.channel, header, current, link.queue, holds)
 
         def note_sizes(max_tokens: int) -> int:
             self.max_tokens = max(self.max_tokens, max_tokens)
@@ -311,7 +311,7 @@ class CudaBackend:
 
         # A host that is not ahead of its GPU knows the sizes soon, and then nothing comes between.
         soon = holds and call.wait_sizes(link.channel, _SOON_SECONDS) is not None
-        placing = Placing(link, note_sizes, counts, out, current, (inputs, counts), beside and not soon, holds)
+        placing = Placing(link, note_sizes, counts, out, current, (inputs, counts), beside and not soon, soon)
         link.defer(placing.place)
         if soon:
             placing.place()

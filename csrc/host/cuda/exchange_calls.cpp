@@ -30,7 +30,7 @@ Opening begin_plainly(Channel& channel, const Header& header, Streams streams) {
 // where nobody waits for that.
 template <class Launch>
 void launch_beside(Streams streams, Launch&& launch) {
-    if (!streams.beside || streams.current == streams.queue) {
+    if (!streams.beside || streams.current == streams.queue || !launches_tell_start()) {
         launch(nullptr);
         return;
     }
@@ -157,12 +157,7 @@ void DispatchCall::set_output(std::byte* received, int64_t max_chunks, int64_t n
     params_.zero_padding = settings_.layout == Layout::kExpanded;
 }
 
-void DispatchCall::open(Channel& channel, const Header& header, Streams streams, bool counted, bool sends) {
-    if (counted) {
-        params_.opening = begin_plainly(channel, header, streams);
-        if (!sends) channel.open(params_.opening, stream_of(streams.queue));
-        return;
-    }
+void DispatchCall::count(Channel& channel, const Header& header, Streams streams) {
     params_.opening = {};
     fill_header(open_.header, header);
     channel.order(streams.current, streams.queue);
@@ -189,22 +184,18 @@ void DispatchCall::launch(Channel& channel, int num_senders, int num_placers, La
     });
 }
 
-void DispatchCall::count(Channel& channel, const Header& header, Streams streams) {
-    open(channel, header, streams, false, false);
-}
-
-void DispatchCall::send(Channel& channel, const Header& header, Streams streams, bool counted) {
+void DispatchCall::send(Channel& channel, const Header& header, Streams streams) {
+    count(channel, header, streams);
+    counted_.emplace().record(streams.queue);
     const int senders = row_settings_.num_senders + (sends_all() ? row_settings_.num_placers : 0);
-    // A single rank sends nothing.
-    open(channel, header, streams, counted, senders > 0);
     launch(channel, senders, 0, Laps::kFirst, streams);
-    params_.opening = {};
 }
 
 std::unique_ptr<Event> DispatchCall::place(Channel& channel, Streams streams, uintptr_t place_queue, int64_t num_laps) {
     const int senders = row_settings_.num_senders, placers = row_settings_.num_placers;
-    // NOTE: no stream has to wait for the opening: this host has seen what it wrote last. Later laps are sent and
-    // placed by one launch, so that senders never wait for placers that are not there.
+    // NOTE: the sizes that this host has seen come before other blocks have numbered their tokens. Later laps are sent
+    // and placed by one launch, so that senders never wait for placers that are not there.
+    counted_->wait(place_queue);
     const Streams placing{streams.current, place_queue, streams.beside};
     if (num_laps > 1) {
         launch(channel, senders, placers, Laps::kLater, placing);
@@ -217,7 +208,11 @@ std::unique_ptr<Event> DispatchCall::place(Channel& channel, Streams streams, ui
 }
 
 std::unique_ptr<Event> DispatchCall::run(Channel& channel, const Header& header, Streams streams, bool counted) {
-    open(channel, header, streams, counted, true);
+    if (counted) {
+        params_.opening = begin_plainly(channel, header, streams);
+    } else {
+        count(channel, header, streams);
+    }
     const int senders = row_settings_.num_senders, placers = row_settings_.num_placers;
     // NOTE: blocks that all send take one lap alone: in further ones they would wait for placers.
     const bool all_send = sends_all() && params_.direct_groups > 0;

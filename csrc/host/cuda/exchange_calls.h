@@ -51,8 +51,8 @@ struct KeptPlan {
     std::byte* received;
 };
 
-// The streams of an exchange: what the current one has been given so far comes first. `beside`: what it is given next
-// is to run beside the exchange, and waits until that has its SMs.
+// The streams of an exchange: what the current one has been given so far comes first, but for placing, which comes
+// behind the counting. `beside`: what it is given next is to run beside the exchange, and waits until that has its SMs.
 struct Streams {
     uintptr_t current;
     uintptr_t queue;
@@ -82,7 +82,7 @@ public:
     // Counts and opens; the sizes are told without a capacity.
     void count(Channel& channel, const Header& header, Streams streams);
     // Counts, opens and, without waiting for any peer's placers, sends what fits the rings once.
-    void send(Channel& channel, const Header& header, Streams streams, bool counted);
+    void send(Channel& channel, const Header& header, Streams streams);
     // Sends what is left and places all; the output was set after the sizes had come, in memory that is free for what
     // comes behind the opening.
     std::unique_ptr<Event> place(Channel& channel, Streams streams, uintptr_t place_queue, int64_t num_laps);
@@ -98,7 +98,6 @@ public:
     bool tells_sizes() const { return open_.max_tokens == 0; }
 
 private:
-    void open(Channel& channel, const Header& header, Streams streams, bool counted, bool sends);
     // Whether senders leave no rows to be moved, so that all blocks send.
     bool sends_all() const { return params_.lends != 0 && params_.layout == Layout::kCompact; }
     void launch(Channel& channel, int num_senders, int num_placers, Laps laps, Streams streams);
@@ -109,6 +108,7 @@ private:
     OpenParams open_{};
     DispatchParams params_{};
     int64_t ticket_ = 0;
+    std::optional<Event> counted_;  // the end of counting, which the host's sight of the sizes precedes
 };
 
 // Sends other rows along a plan. Scales travel where the settings say so.
