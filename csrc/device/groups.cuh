@@ -23,9 +23,13 @@ struct Cut {
 
     int parts = 1, slices = 1;
 
-    // `num_vectors`: of a row; 0 where rows stay whole. In laps groups are whole, as the places that are freed.
-    __device__ Cut(int64_t num_groups, int64_t ring_groups, int64_t num_vectors, int wanted_units) {
-        if (num_groups > ring_groups) return;
+    // `num_vectors`: of a row; 0 where rows stay whole. `wanted_in_laps`: units of a whole ring, 0 for whole groups.
+    __device__ Cut(int64_t num_groups, int64_t ring_groups, int64_t num_vectors, int wanted_units,
+                   int wanted_in_laps = 0) {
+        if (num_groups > ring_groups) {
+            num_groups = ring_groups;
+            wanted_units = wanted_in_laps;
+        }
         const int64_t most = min(static_cast<int64_t>(kMaxUnits), kMaxRingGroups / max(num_groups, int64_t{1}));
         while (num_groups * parts < wanted_units && parts < kChunkTokens && 2 * parts <= most) parts *= 2;
         while (num_groups * units() < wanted_units && 2 * units() <= most && num_vectors % (2 * slices) == 0 &&
@@ -45,23 +49,16 @@ struct Cut {
 
 // Hands out pieces of the current exchange's work on this GPU, each to one warp, in order; opening an exchange starts
 // anew. What is done with a piece depends on its number alone, so that it does not matter to the bits who takes it. A
-// warp asks for its next piece before it works on one: pieces that it holds wait for none that come later.
+// warp may ask for its next piece before it works on one: pieces that it holds wait for none that come later.
 class Tickets {
 public:
-    __device__ Tickets(const Link& link, uint64_t epoch) : counter_(link.state->tickets_of(epoch)) { ask(); }
+    __device__ Tickets(const Link& link, uint64_t epoch) : counter_(link.state->tickets_of(epoch)) {}
 
     // The piece that was asked for last. Called by a whole warp.
     __device__ int64_t get() const { return __shfl_sync(kAllLanes, next_, 0); }
 
     __device__ void ask() {
         if (threadIdx.x % kWarpSize == 0) next_ = atomicAdd(counter_, 1u);
-    }
-
-    // Called by a whole warp.
-    __device__ int64_t take() {
-        const int64_t ticket = get();
-        ask();
-        return ticket;
     }
 
 private:
@@ -197,14 +194,14 @@ __device__ inline bool has_group(const Link& link, uint64_t epoch, int source, i
     return came != 0;
 }
 
-// Tells `source` that its group has been read, where a later lap of the ring needs its place. Called by one thread
-// after all reads of the group.
+// Tells `source` that its group, or one of its units, has been read, where a later lap of the ring needs its place.
+// Called by one thread after all reads of it.
 __device__ inline void release_group(const Link& link, uint64_t epoch, int source, int64_t chunk, int64_t num_chunks,
-                                     int64_t ring_groups) {
+                                     int64_t ring_groups, int unit = 0, int units = 1) {
     if (chunk + ring_groups >= num_chunks) return;
     const int64_t slot = chunk % ring_groups, lap = chunk / ring_groups;
     ptx::fence_acq_rel_sys();
-    ptx::store_relaxed_sys(consumed_flag(link, link.rank, source, slot), group_stamp(epoch, lap));
+    ptx::store_relaxed_sys(consumed_flag(link, link.rank, source, slot * units + unit), group_stamp(epoch, lap));
 }
 
 // Slot that a sender stores a group into.

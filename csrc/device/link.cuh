@@ -64,20 +64,33 @@ __device__ inline uint64_t exchange_of(uint64_t stamped, uint64_t epoch) {
     return behind > epoch ? 0 : epoch - behind;
 }
 
+// Bounds a wait for one flag.
+class Patience {
+public:
+    // Called after each look at the flag that found it too low. Returns whether to look again: not once the exchange
+    // has failed, here or elsewhere on this GPU.
+    __device__ bool lasts(const Link& link, uint64_t expected, uint64_t seen, int peer, Phase phase) {
+        if (++turn_ % 32 != 0) return true;
+        if (has_failed(link)) return false;
+        if (ptx::global_nanoseconds() - start_ <= link.timeout_ns) return true;
+        report(link, Trouble::kTimeout, peer, phase, expected, seen);
+        return false;
+    }
+
+private:
+    uint64_t start_ = ptx::global_nanoseconds();
+    uint32_t turn_ = 0;
+};
+
 // Goes on waiting; see wait_for. While an exchange is opened, `flag` is a word of a message.
 __device__ __noinline__ inline bool wait_longer(const Link& link, const uint64_t* flag, uint64_t expected, int peer,
                                                 Phase phase) {
-    const uint64_t start = ptx::global_nanoseconds();
-    for (uint32_t turn = 1;; ++turn) {
+    Patience patience;
+    for (;;) {
         uint64_t seen = ptx::load_acquire_sys(flag);
         if (phase == Phase::kOpening) seen = exchange_of(seen, expected);
         if (seen >= expected) return true;
-        if (turn % 32 != 0) continue;
-        if (has_failed(link)) return false;
-        if (ptx::global_nanoseconds() - start > link.timeout_ns) {
-            report(link, Trouble::kTimeout, peer, phase, expected, seen);
-            return false;
-        }
+        if (!patience.lasts(link, expected, seen, peer, phase)) return false;
     }
 }
 

@@ -169,4 +169,15 @@ __device__ inline bool wait_for_groups(const Link& link, uint64_t epoch, int64_t
     return __all_sync(kAllLanes, good) != 0;
 }
 
+// Lane r looks once for it.
+__device__ inline bool have_groups(const Link& link, uint64_t epoch, int64_t slot, int64_t lap) {
+    const int lane = threadIdx.x % kWarpSize;
+    bool came = true;
+    if (lane < link.num_ranks && lane != link.rank) {
+        came =
+            ptx::load_acquire_sys(device::arrived_flag(link, link.rank, lane, slot)) >= device::group_stamp(epoch, lap);
+    }
+    return __all_sync(kAllLanes, came) != 0;
+}
+
 }  // namespace moe_ep::combine

@@ -144,6 +144,10 @@ private:
     const int64_t num_vectors_;
 };
 
+// How sums are made through the copy engine: of few rows; of many, with more warps; or, with as many, in laps round the
+// rings, where warps that wait for room help to make it.
+enum class Mode { kFew, kMany, kLaps };
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 // Sums through the copy engine: pieces of rows are loaded ahead, all lanes add them up in registers and put the rounded
@@ -341,13 +345,13 @@ private:
 };
 
 // Terms of 64-bit sums leave no shared memory for more warps.
-template <class T, bool kBulk, bool kMany>
-using SummerOf = std::conditional_t<kBulk, BulkSums<T, kMany && sizeof(T) < 8>, VectorSums<T>>;
+template <class T, bool kBulk, Mode kMode>
+using SummerOf = std::conditional_t<kBulk, BulkSums<T, kMode != Mode::kFew && sizeof(T) < 8>, VectorSums<T>>;
 
 #else
 
 // Earlier GPUs have no copy engine for rows; what asks for it does nothing there.
-template <class T, bool kBulk, bool kMany>
+template <class T, bool kBulk, Mode kMode>
 using SummerOf = VectorSums<T>;
 
 #endif

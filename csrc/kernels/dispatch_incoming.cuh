@@ -92,6 +92,7 @@ public:
           epoch_(epoch),
           tickets_(params.link, epoch),
           cut_(cut_groups(route, table_of(params))) {
+        tickets_.ask();
         const int lane = threadIdx.x % kWarpSize, num_ranks = params.link.num_ranks;
         const PlanTable table = table_of(params);
         num_items_ = device::most_chunks(params.rows, table, num_ranks) * num_ranks * cut_.parts;
