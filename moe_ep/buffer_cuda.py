@@ -98,8 +98,8 @@ class CudaCalls:
             for plan in (by_rank, by_node):
                 if plan is not None:
                     plan.run(self.link.queue)
-            flight = self.link.end(current, (by_rank, by_node))
-            return Launch(self.link, lambda: ((by_rank, by_node), (flight,)), _layout_tensors)
+            flights = self.link.end(current, (by_rank, by_node), self.link.mark())
+            return Launch(self.link, lambda: ((by_rank, by_node), flights), _layout_tensors)
 
         (by_rank, by_node), event = self._run(launch, order, _layout_tensors)
         per_node = None if by_node is None else by_node.tokens_per_rank

@@ -146,7 +146,8 @@ class CudaExchanger(Exchanger):
             counted.append(
                 self.backend.count(topk_idx, spec, self.link.header(call), max_tokens, self.choices_received)
             )
-        self.link.land(self.link.end(current, (counted,)))
+        for flight in self.link.end(current, (counted,), self.link.mark()):
+            self.link.land(flight)
         for counts in counted:
             self._read_sizes(counts)
         return counted
@@ -188,6 +189,7 @@ class CudaExchanger(Exchanger):
             too_small = self.backend.ensure_direct(spec, max_tokens, self._direct_record(spec))
             if too_small is not None:
                 self._refuse(call, too_small, spec, lends)
+        beside = self._runs_beside("dispatch_launched")
         job = self.backend.dispatch(
             rows,
             scales,
@@ -200,7 +202,8 @@ class CudaExchanger(Exchanger):
             totals=self.choices_received,
             planned=planned,
             num_sms=self.num_sms,
-            beside=self._runs_beside("dispatch_launched"),
+            beside=beside,
+            inline=self._runs_inline(beside),
             lends=lends,
         )
 
@@ -213,8 +216,12 @@ class CudaExchanger(Exchanger):
         return LentJob(done, self.link.lease, lambda result: result.rows) if lends else done
 
     def _runs_beside(self, phase: str) -> bool:
-        """Whether work may be given to the current stream between the launch and the wait."""
+        """Whether work may be given to the current stream before the wait."""
         return self.overlap or self.hooks.any(phase)
+
+    def _runs_inline(self, beside: bool) -> bool:
+        """Whether an exchange, that nothing runs beside, runs on the current stream as any operator does."""
+        return not beside and self.link.has_own_gpu
 
     def _check_arguments(
         self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, spec: ExchangeSpec
@@ -249,6 +256,7 @@ class CudaExchanger(Exchanger):
             self._refuse(call, error, spec)
         self._begin()
         weights = None if row_weights is None else row_weights.reshape(-1).contiguous()
+        beside = self._runs_beside("combine_launched")
         job = self.backend.combine(
             y.reshape(-1, spec.hidden_size),
             weights,
@@ -256,7 +264,8 @@ class CudaExchanger(Exchanger):
             self.link.header(call),
             wide=spec.wide_sums,
             num_sms=self.num_sms,
-            beside=self._runs_beside("combine_launched"),
+            beside=beside,
+            inline=self._runs_inline(beside),
         )
         return self._checked(lambda: job.result()[0])
 
@@ -271,7 +280,9 @@ class CudaExchanger(Exchanger):
             self._refuse(call, error, spec)
         self._begin()
         beside = self._runs_beside("backward_combine_launched")
-        job = self.backend.replay(x, plan, self.link.header(call), num_sms=self.num_sms, beside=beside)
+        job = self.backend.replay(
+            x, plan, self.link.header(call), num_sms=self.num_sms, beside=beside, inline=self._runs_inline(beside)
+        )
         return self._checked(lambda: self._shape(job.result()[0]))
 
     def combine_grads(  # type: ignore[override]
@@ -282,6 +293,7 @@ class CudaExchanger(Exchanger):
         call = self._replay_call("combine of gradients", plan, spec)
         self._begin()
         values = weight_grads if spec.layout == "compact" else weight_grads.reshape(-1)
+        beside = self._runs_beside("backward_dispatch_launched")
         job = self.backend.combine(
             grads.reshape(-1, spec.hidden_size),
             None,
@@ -291,7 +303,8 @@ class CudaExchanger(Exchanger):
             only_own_values=True,
             wide=spec.wide_sums,
             num_sms=self.num_sms,
-            beside=self._runs_beside("backward_dispatch_launched"),
+            beside=beside,
+            inline=self._runs_inline(beside),
         )
 
         def landed() -> tuple[Tensor, Tensor]:

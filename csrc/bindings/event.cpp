@@ -21,7 +21,9 @@ Raises:
         .def("wait", &Event::wait, py::arg("stream"), "Makes a stream wait for the place marked last.")
         .def("query", &Event::query, "Whether the place marked last has been passed. Not for places in a capture.")
         .def("order", &Event::order, py::arg("first"), py::arg("then"),
-             "Makes a stream wait for all that another one has been given so far.");
+             "Makes a stream wait for all that another one has been given so far.")
+        .def("follow", &Event::follow, py::arg("first"), py::arg("then"),
+             "The same, but for what was given to first before a capture on then began.");
 }
 
 #else

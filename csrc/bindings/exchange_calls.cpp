@@ -115,8 +115,8 @@ void register_dispatch(py::module_& module) {
 
 Calls that launch take the channel, a header, and streams. All but wait_sizes only enqueue work, behind what the stream
 current has been given so far; place behind send. With beside, what current is given next waits until the exchange has its
-SMs, and runs beside it. Memory is the caller's
-and outlives the launches: topk_idx [T, K]; source, a block of source_plan_words; told_choices int32 [E] or 0 for those
+SMs, and runs beside it. Without told, their end is not told by an event: they return None. Memory is the caller's and
+outlives the launches: topk_idx [T, K]; source, a block of source_plan_words; told_choices int32 [E] or 0 for those
 of topk_idx; told_tokens and told_ends int32 [e]; told_overflow one byte.)")
         .def(py::init([](const CountSettings& settings, int64_t num_tokens, uintptr_t topk_idx, uintptr_t source,
                          uintptr_t told_choices, uintptr_t told_tokens, uintptr_t told_ends, uintptr_t told_overflow) {
@@ -158,25 +158,26 @@ of topk_idx; told_tokens and told_ends int32 [e]; told_overflow one byte.)")
         .def(
             "count",
             [](DispatchCall& call, Channel& channel, const Header& header, uintptr_t current, uintptr_t queue) {
-                call.count(channel, header, {current, queue, false});
+                call.count(channel, header, {current, queue, false, true});
             },
             "Plans, and opens an exchange with the counts.")
         .def(
             "send",
             [](DispatchCall& call, Channel& channel, const Header& header, uintptr_t current, uintptr_t queue,
-               bool beside) { call.send(channel, header, {current, queue, beside}); },
+               bool beside) { call.send(channel, header, {current, queue, beside, false}); },
             "As count, and sends what fits the rings.")
         .def(
             "place",
             [](DispatchCall& call, Channel& channel, uintptr_t current, uintptr_t queue, uintptr_t place_queue,
-               int64_t num_laps,
-               bool beside) { return call.place(channel, {current, queue, beside}, place_queue, num_laps); },
+               int64_t num_laps, bool beside,
+               bool told) { return call.place(channel, {current, queue, beside, told}, place_queue, num_laps); },
             "Sends what is left, and places all; returns its end. The output was set after the sizes had come, in "
             "memory that is free for what comes behind the opening.")
         .def(
             "run",
             [](DispatchCall& call, Channel& channel, const Header& header, uintptr_t current, uintptr_t queue,
-               bool counted, bool beside) { return call.run(channel, header, {current, queue, beside}, counted); },
+               bool counted, bool beside,
+               bool told) { return call.run(channel, header, {current, queue, beside, told}, counted); },
             "A whole dispatch whose output was set before; returns its end.")
         .def("wait_sizes", &DispatchCall::wait_sizes, py::arg("channel"), py::arg("seconds"),
              py::call_guard<py::gil_scoped_release>(),
@@ -193,20 +194,20 @@ void register_replays(py::module_& module) {
         "replay",
         [](Channel& channel, const RowSettings& settings, const KeptPlan& plan, const Header& header, uintptr_t x,
            uintptr_t scales, int64_t scale_stride, int64_t scale_word_stride, uintptr_t out, uintptr_t out_scales,
-           uintptr_t current, uintptr_t queue, bool beside) {
+           uintptr_t current, uintptr_t queue, bool beside, bool told) {
             return replay(channel, settings, plan, header, pointer<std::byte>(x), pointer<int32_t>(scales),
                           scale_stride, scale_word_stride, pointer<std::byte>(out), pointer<int32_t>(out_scales),
-                          {current, queue, beside});
+                          {current, queue, beside, told});
         },
         "Sends other rows along a plan, behind what the stream current has been given; returns its end.");
     module.def(
         "combine",
         [](Channel& channel, const CombineSettings& settings, const KeptPlan& plan, const Header& header, int top_k,
            uintptr_t y, uintptr_t row_weights, uintptr_t values, uintptr_t out, uintptr_t bias_0, uintptr_t bias_1,
-           uintptr_t out_values, uintptr_t current, uintptr_t queue, bool beside) {
+           uintptr_t out_values, uintptr_t current, uintptr_t queue, bool beside, bool told) {
             return combine(channel, settings, plan, header, top_k, pointer<std::byte>(y), pointer<int32_t>(row_weights),
                            pointer<int32_t>(values), pointer<std::byte>(out), pointer<std::byte>(bias_0),
-                           pointer<std::byte>(bias_1), pointer<int32_t>(out_values), {current, queue, beside});
+                           pointer<std::byte>(bias_1), pointer<int32_t>(out_values), {current, queue, beside, told});
         },
         "Sums layout rows home along a plan, behind what the stream current has been given; returns its end.");
 }

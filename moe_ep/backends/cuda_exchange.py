@@ -184,7 +184,8 @@ class CudaBackend:
         counts = self._count(topk_idx, spec, max_tokens, totals)
         # Nobody knows yet how rows will be asked for.
         counts.call.count_direct()
-        counts.call.count(self.link.channel, header, self.link.here(), self.link.queue)
+        current = self.link.here()
+        counts.call.count(self.link.channel, header, current, self.link.queue_of(current, inline=False))
         return counts
 
     def _count(
@@ -213,6 +214,7 @@ class CudaBackend:
         num_sms: int | None = None,
         with_source: bool = False,
         beside: bool = False,
+        inline: bool = False,
         lends: bool = False,
     ) -> Launch[Dispatch]:
         """Launch a dispatch. Arguments are valid; ids are physical.
@@ -232,6 +234,7 @@ class CudaBackend:
             with_source: whether the result tells each received row's token.
             beside: whether the current stream may be given more work before the outputs are asked for. Where no other
                 exchange is under way, that work waits until this one has its SMs, and does not keep it from them.
+            inline: whether it runs on the current stream instead, for a caller who waits for it at once.
             lends: whether rows stay in the arena; a fixed number of rows must fit, others do if they fit.
         """
         # Copies are made on the current stream, which the exchange waits for.
@@ -240,7 +243,7 @@ class CudaBackend:
         counts = planned or self._count(topk_idx, spec, max_tokens, totals)
         inputs, counted = (x, scales, topk_weights), planned is not None
         sizes = (max_tokens, num_sms)
-        return self._launch(inputs, spec, counts, counted, header, owner, *sizes, with_source, beside, lends)
+        return self._launch(inputs, spec, counts, counted, header, owner, *sizes, with_source, beside, inline, lends)
 
     def dispatch_rows(
         self,
@@ -265,7 +268,7 @@ class CudaBackend:
         spec = dataclasses.replace(spec, top_k=0)
         self.link.begin()
         counts = self._count(choices, spec, 0, None, told)
-        return self._launch((x, scales, None), spec, counts, False, header, owner, 0, num_sms, True, False)
+        return self._launch((x, scales, None), spec, counts, False, header, owner, 0, num_sms, True)
 
     def _launch(
         self,
@@ -278,12 +281,14 @@ class CudaBackend:
         max_tokens: int,
         num_sms: int | None,
         with_source: bool,
-        beside: bool,
+        beside: bool = False,
+        inline: bool = False,
         lends: bool = False,
     ) -> Launch[Dispatch]:
         """Open a dispatch, and move its rows."""
         (x, scales, topk_weights), link, call = inputs, self.link, counts.call
         current = link.here()
+        queue = link.queue_of(current, inline)
         settings, record = self.settings.rows(spec, x, scales, topk_weights, num_sms)
         strides = (0, 0) if scales is None else scales.stride()
         call.set_rows(settings, x.data_ptr(), pointer(topk_weights), pointer(scales), *strides)
@@ -298,12 +303,12 @@ class CudaBackend:
         if max_tokens or counts.sizes is not None:
             fixed = static_sizes(spec, max_tokens)
             out.allocate(*(counts.sizes or (*fixed, max_tokens, fixed[0])))
-            event = call.run(link.channel, header, current, link.queue, counted, holds)
+            event = call.run(link.channel, header, current, queue, counted, holds, not inline)
             result = out.result()
-            flight = link.end(current, (inputs, counts, result), event)
-            return Launch(link, lambda: (result, (flight,)), outputs_of)
+            flights = link.end(current, (inputs, counts, result), event)
+            return Launch(link, lambda: (result, flights), outputs_of)
         # What is sent before the sizes are known must not wait for peers, which may wait for this host.
-        call.send(link.channel, header, current, link.queue, holds)
+        call.send(link.channel, header, current, queue, holds)
 
         def note_sizes(max_tokens: int) -> int:
             self.max_tokens = max(self.max_tokens, max_tokens)
@@ -311,7 +316,7 @@ class CudaBackend:
 
         # A host that is not ahead of its GPU knows the sizes soon, and then nothing comes between.
         soon = holds and call.wait_sizes(link.channel, _SOON_SECONDS) is not None
-        placing = Placing(link, note_sizes, counts, out, current, (inputs, counts), beside and not soon, soon)
+        placing = Placing(link, note_sizes, counts, out, (current, queue), (inputs, counts), beside and not soon, soon)
         link.defer(placing.place)
         if soon:
             placing.place()
@@ -338,6 +343,7 @@ class CudaBackend:
         scales: Tensor | None = None,
         num_sms: int | None = None,
         beside: bool = False,
+        inline: bool = False,
     ) -> Launch[tuple[Tensor, Tensor | None]]:
         """Launch a dispatch of other rows [T, H] along a plan: layout rows, and their scales."""
         x = aligned(x)
@@ -357,11 +363,12 @@ class CudaBackend:
             rows.data_ptr(),
             pointer(out_scales),
             current,
-            self.link.queue,
+            self.link.queue_of(current, inline),
             beside and self.link.is_idle(),
+            not inline,
         )
-        flight = self.link.end(current, (x, scales, rows, out_scales, plan), event)
-        return Launch(self.link, lambda: ((rows, out_scales), (flight,)), tuple)
+        flights = self.link.end(current, (x, scales, rows, out_scales, plan), event)
+        return Launch(self.link, lambda: ((rows, out_scales), flights), tuple)
 
     # Combine
 
@@ -377,6 +384,7 @@ class CudaBackend:
         wide: bool = False,
         num_sms: int | None = None,
         beside: bool = False,
+        inline: bool = False,
     ) -> Launch[tuple[Tensor, Tensor | None]]:
         """Launch the way home of layout rows: each token's sum, and of values that travel beside them.
 
@@ -391,6 +399,7 @@ class CudaBackend:
             wide: whether sums of 16-bit rows travel in fp32.
             num_sms: None for the default.
             beside: as in :meth:`dispatch`.
+            inline: as in :meth:`dispatch`.
 
         Returns:
             [T, H] in y's dtype, and [T, K] values or None.
@@ -422,11 +431,12 @@ class CudaBackend:
             pointer(bias[1]) if len(bias) > 1 else 0,
             pointer(out_values),
             current,
-            self.link.queue,
+            self.link.queue_of(current, inline),
             beside and self.link.is_idle(),
+            not inline,
         )
-        flight = self.link.end(current, (y, row_weights, plan, bias, values, out, out_values), event)
-        return Launch(self.link, lambda: ((out, out_values), (flight,)), tuple)
+        flights = self.link.end(current, (y, row_weights, plan, bias, values, out, out_values), event)
+        return Launch(self.link, lambda: ((out, out_values), flights), tuple)
 
 
 def static_sizes(spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:

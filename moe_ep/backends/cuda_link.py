@@ -58,6 +58,10 @@ class CudaLink:
         )
         self.compute_capability = min(tuple(one["compute_capability"]) for one in capabilities)
         self.num_sms = min(int(one["sms"]) for one in capabilities)
+        # Where ranks share a GPU, kernels that wait keep it from those of lower priority in other processes, so that
+        # all exchanges have to be of one: that of the communication stream.
+        gpus = {(one["host"], one["uuid"]) for one in capabilities}
+        self.has_own_gpu = len(gpus) == len(capabilities)
         self.arena: Any = None
         self.channel: Any = None
         self.payload_bytes = 0
@@ -73,6 +77,9 @@ class CudaLink:
         self._flights: list[Flight] = []
         self._unplaced: list[Callable[[], None]] = []
         self._caller: int | None = None
+        # Where the last exchange was launched, and the stream that has waited for the last flight.
+        self._last = self.queue
+        self._joined: int | None = None
         self._overflows = 0
         self._broken: MoeEpError | None = None
         self._calls = 0
@@ -204,6 +211,9 @@ class CudaLink:
 
     def synchronize(self) -> None:
         """Wait for every exchange that was launched."""
+        if self._last != self.queue:
+            self._order.follow(self._last, self.queue)
+            self._last = self.queue
         self.stream.synchronize()
         self.place_stream.synchronize()
 
@@ -237,9 +247,24 @@ class CudaLink:
         rings are free again.
         """
         self.settle()
-        if not torch.cuda.is_current_stream_capturing():
+        if self._flights and not torch.cuda.is_current_stream_capturing():
             self._flights = [one for one in self._flights if not one.let_go()]
         return self.here()
+
+    def queue_of(self, current: int, inline: bool) -> int:
+        """Address of the stream for an exchange that is about to be launched, which comes behind the one before.
+
+        Args:
+            current: what :meth:`begin` returned.
+            inline: whether it runs on the current stream, as any operator does: nobody has to wait for its end then,
+                nor keep its tensors. Otherwise it takes the communication stream, and waits for the current one itself.
+        """
+        queue = current if inline else self.queue
+        last, self._last = self._last, queue
+        if last in (queue, current) or (last == self.queue and self._joined == current):
+            return queue
+        self._order.follow(last, queue)
+        return queue
 
     def is_idle(self) -> bool:
         """Whether the caller waits, or has waited, for all exchanges so far."""
@@ -296,23 +321,29 @@ class CudaLink:
         if place in self._unplaced:
             self._unplaced.remove(place)
 
-    def end(self, current: int, keep: tuple[Any, ...], event: Any = None, foreign: bool = False) -> Flight:  # noqa: ANN401
-        """Mark the end of what was launched since :meth:`begin`, and keep its tensors until then.
+    def mark(self) -> Any:  # noqa: ANN401
+        """The end of what the communication stream has been given so far: an event."""
+        event = self.extension.Event()
+        event.record(self.queue)
+        return event
+
+    def end(self, current: int, keep: tuple[Any, ...], event: Any, foreign: bool = False) -> tuple[Flight, ...]:  # noqa: ANN401
+        """Keep the tensors of what was launched since :meth:`begin` until it ends.
 
         Args:
             current: the stream that the tensors belong to.
             keep: them.
-            event: that end, where it was recorded already.
+            event: that end; None for an exchange on the current stream itself, which is no flight.
             foreign: whether outputs that are not among them were allocated on the placing stream.
         """
         if event is None:
-            event = self.extension.Event()
-            event.record(self.queue)
+            return ()
         # What was allocated on the communication stream goes back to it, which comes after its own exchanges.
         stream = current if self._caller is None else self._caller
         flight = Flight(event, stream, keep, torch.cuda.is_current_stream_capturing(), foreign)
         self._flights.append(flight)
-        return flight
+        self._joined = None
+        return (flight,)
 
     def land(self, flight: Flight, *outputs: Tensor | None) -> None:
         """Make the current stream wait for a flight; its tensors may go where they were allocated on this stream.
@@ -324,6 +355,8 @@ class CudaLink:
         current = self.here()
         flight.event.wait(current)
         flight.landed = True
+        if self._flights and flight is self._flights[-1]:
+            self._joined = current
         if current != flight.stream or flight.foreign:
             self.lend(outputs, torch.cuda.current_stream(self.device))
         if current == flight.stream and flight in self._flights:
@@ -351,8 +384,8 @@ class CudaLink:
     def refuse(self, call: Call, error: Exception) -> NoReturn:
         """Tell the peers that this rank raises instead of taking part, and raise."""
         if self.channel is not None and self.control.size > 1:
-            self.follow(self.begin())
-            self.channel.open(self.header(call, error), self.queue)
+            current = self.begin()
+            self.channel.open(self.header(call, error), self.queue_of(current, inline=True))
             self._broken = MoeEpError(f"{type(error).__name__}: {error}")
         raise error
 

@@ -22,7 +22,7 @@ class Placing:
         note_sizes: told the largest T of any rank; returns how often the exchange goes round the rings.
         counts: of the tokens.
         out: what is to be allocated.
-        stream: the current one when the first half was launched.
+        streams: the current one when the first half was launched, and that of the first half.
         keep: what both halves read.
         later: whether the current stream may have been given more work since.
         holds: whether what it is given next waits until rows are being placed.
@@ -34,7 +34,7 @@ class Placing:
         note_sizes: Callable[[int], int],
         counts: Counts,
         out: Outputs,
-        stream: int,
+        streams: tuple[int, int],
         keep: tuple[Any, ...],
         later: bool,
         holds: bool,
@@ -43,7 +43,7 @@ class Placing:
         self._note_sizes = note_sizes
         self._counts = counts
         self._out = out
-        self._stream = stream
+        self._current, self._queue = streams
         self._keep = keep
         self._later = later
         self._holds = holds
@@ -57,7 +57,8 @@ class Placing:
             sizes = link.wait_sizes(counts.call)
         except BaseException:
             # The first half may still read it.
-            link.end(self._stream, self._keep)
+            if self._queue != self._current:
+                link.end(self._current, self._keep, link.mark())
             raise
         finally:
             link.placed(self.place)
@@ -71,12 +72,14 @@ class Placing:
             # The sizes came behind all that the current stream had been given.
             self._out.allocate(*sizes)
             keep = (*keep, self._out)
+        # An exchange on the current stream is over for what that is given next.
+        told = self._queue == link.queue
         event = counts.call.place(
-            link.channel, self._stream, link.queue, link.place_queue, self._note_sizes(sizes[2]), self._holds
+            link.channel, self._current, self._queue, link.place_queue, self._note_sizes(sizes[2]), self._holds, told
         )
         counts.host_counts = counts.call.host_counts(link.channel)
         self._result = self._out.result()
-        self._flights = (link.end(self._stream, keep, event, self._later),)
+        self._flights = link.end(self._current, keep, event, self._later)
 
     def outputs(self) -> tuple[Dispatch, tuple[Flight, ...]]:
         """The outputs, and what to wait for before they are read."""

@@ -94,7 +94,7 @@ class Run:
         torch.cuda.synchronize()
         with torch.cuda.stream(self.link.stream):
             torch.cuda._sleep(HOLD_CYCLES)
-        self.link.end(self.link.here(), ())
+        self.link.end(self.link.here(), (), self.link.mark())
 
     def poison(self, num_rows: int, busy: torch.cuda.Stream | None = None) -> list[Tensor]:
         """NaN in all memory of a size that the current stream may have, while another stream is still busy."""

@@ -30,12 +30,13 @@ Pool& pool() {
     return *pool;
 }
 
-bool is_capturing(cudaStream_t stream) {
+// Whether a stream is capturing; `beside` for the default stream while another one is.
+bool is_capturing(cudaStream_t stream, bool beside) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
-    // The default stream, beside a capture elsewhere. The next launch's check must not find it.
+    // The next launch's check must not find the error.
     cudaGetLastError();
-    return true;
+    return beside;
 }
 
 }  // namespace
@@ -67,17 +68,22 @@ Event::~Event() {
 }
 
 void Event::record(uintptr_t stream) {
-    captured_ = captured_ || is_capturing(stream_of(stream));
+    captured_ = captured_ || is_capturing(stream_of(stream), true);
     check_cuda(cudaEventRecord(event_of(event_), stream_of(stream)), "cudaEventRecord");
 }
 
 void* Event::handle(uintptr_t stream) {
-    captured_ = captured_ || is_capturing(stream_of(stream));
+    captured_ = captured_ || is_capturing(stream_of(stream), true);
     return event_;
 }
 
 void Event::wait(uintptr_t stream) {
     check_cuda(cudaStreamWaitEvent(stream_of(stream), event_of(event_), 0), "cudaStreamWaitEvent");
+}
+
+void Event::follow(uintptr_t first, uintptr_t then) {
+    if (is_capturing(stream_of(then), false) && !is_capturing(stream_of(first), false)) return;
+    order(first, then);
 }
 
 bool Event::query() {

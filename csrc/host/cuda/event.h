@@ -23,6 +23,9 @@ public:
         record(first);
         wait(then);
     }
+    // The same for streams that a capture may have left behind: what was given to one before a capture on the other
+    // began is none of the graph's.
+    void follow(uintptr_t first, uintptr_t then);
 
 private:
     void* event_ = nullptr;

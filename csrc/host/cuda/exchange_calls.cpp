@@ -40,9 +40,11 @@ void launch_beside(Streams streams, Launch&& launch) {
     if (started.is_captured()) launch_nothing(stream_of(streams.current));
 }
 
-std::unique_ptr<Event> recorded(uintptr_t stream) {
+// The end of what the queue has been given, where somebody asks for it.
+std::unique_ptr<Event> end_of(Streams streams) {
+    if (!streams.told) return nullptr;
     auto event = std::make_unique<Event>();
-    event->record(stream);
+    event->record(streams.queue);
     return event;
 }
 
@@ -196,7 +198,7 @@ std::unique_ptr<Event> DispatchCall::place(Channel& channel, Streams streams, ui
     // NOTE: the sizes that this host has seen come before other blocks have numbered their tokens. Later laps are sent
     // and placed by one launch, so that senders never wait for placers that are not there.
     counted_->wait(place_queue);
-    const Streams placing{streams.current, place_queue, streams.beside};
+    const Streams placing{streams.current, place_queue, streams.beside, streams.told};
     if (num_laps > 1) {
         launch(channel, senders, placers, Laps::kLater, placing);
     } else {
@@ -204,7 +206,7 @@ std::unique_ptr<Event> DispatchCall::place(Channel& channel, Streams streams, ui
     }
     // Later exchanges come after this one's rows are placed.
     channel.order(place_queue, streams.queue);
-    return recorded(streams.queue);
+    return end_of(streams);
 }
 
 std::unique_ptr<Event> DispatchCall::run(Channel& channel, const Header& header, Streams streams, bool counted) {
@@ -217,7 +219,7 @@ std::unique_ptr<Event> DispatchCall::run(Channel& channel, const Header& header,
     // NOTE: blocks that all send take one lap alone: in further ones they would wait for placers.
     const bool all_send = sends_all() && params_.direct_groups > 0;
     launch(channel, all_send ? senders + placers : senders, all_send ? 0 : placers, Laps::kAll, streams);
-    return recorded(streams.queue);
+    return end_of(streams);
 }
 
 std::vector<int32_t> DispatchCall::host_counts(const Channel& channel) const {
@@ -248,7 +250,7 @@ std::unique_ptr<Event> replay(Channel& channel, const RowSettings& settings, con
     params.zero_padding = plan.zero_padding;
     launch_beside(streams,
                   [&](void* started) { channel.dispatch(params, settings.bulk, started, stream_of(streams.queue)); });
-    return recorded(streams.queue);
+    return end_of(streams);
 }
 
 std::unique_ptr<Event> combine(Channel& channel, const CombineSettings& settings, const KeptPlan& plan,
@@ -280,7 +282,7 @@ std::unique_ptr<Event> combine(Channel& channel, const CombineSettings& settings
     params.rows.top_k = top_k;
     launch_beside(streams,
                   [&](void* started) { channel.combine(params, settings.bulk, started, stream_of(streams.queue)); });
-    return recorded(streams.queue);
+    return end_of(streams);
 }
 
 }  // namespace moe_ep

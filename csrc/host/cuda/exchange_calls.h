@@ -53,10 +53,12 @@ struct KeptPlan {
 
 // The streams of an exchange: what the current one has been given so far comes first, but for placing, which comes
 // behind the counting. `beside`: what it is given next is to run beside the exchange, and waits until that has its SMs.
+// `told`: whether the end is told by an event; otherwise calls return null, and the queue is the current stream.
 struct Streams {
     uintptr_t current;
     uintptr_t queue;
     bool beside;
+    bool told;
 };
 
 // One dispatch that makes a plan. Constructing it launches nothing. The channel is given to each call anew: it may have
