@@ -62,6 +62,9 @@ class CudaExchanger(Exchanger):
         self.num_sms = num_sms
         self._listed: list[int] | None = None
         self._good_shapes: set[tuple[Any, ...]] = set()
+        if self._has_fixed_sizes(spec):
+            # Fixed sizes tell nobody a larger T later; this one all ranks know.
+            self.backend.max_tokens = max(self.backend.max_tokens, spec.max_tokens_per_rank or 0)
         with torch.inference_mode(False):
             self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64, device=self.link.device)
 
@@ -110,7 +113,7 @@ class CudaExchanger(Exchanger):
 
     def _will_reserve(self, spec: ExchangeSpec) -> bool:
         """Whether peers that begin a dispatch whose rows stay in the arena first reserve memory for them."""
-        fixed = spec.layout == "slab" or spec.capacity is not None
+        fixed = self._has_fixed_sizes(spec)
         max_tokens = (spec.max_tokens_per_rank or self._first_tokens or 1) if fixed else 0
         return self.link.must_grow(0, 0, 0, self.backend.direct_bytes(spec, max_tokens, self._direct_record(spec)))
 
@@ -347,8 +350,8 @@ class CudaExchanger(Exchanger):
 
     def _prepare(self, num_tokens: int, spec: ExchangeSpec) -> int:
         """Reserve memory where it is missing; returns the T that fixed sizes are meant for, 0 without a capacity."""
-        fixed = spec.layout == "slab" or spec.capacity is not None
-        # Fixed sizes tell nobody a larger T later: the first exchange makes the rings for the most there may be.
+        fixed = self._has_fixed_sizes(spec)
+        # The first exchange makes the rings for the most there may be.
         self.backend.ensure(max(num_tokens, fixed and spec.max_tokens_per_rank or 0), *self._record(spec))
         if not fixed:
             return 0
@@ -358,6 +361,10 @@ class CudaExchanger(Exchanger):
         if not self._first_tokens:
             self._first_tokens = self.backend.agree_tokens(num_tokens)
         return max(self._first_tokens, 1)
+
+    @staticmethod
+    def _has_fixed_sizes(spec: ExchangeSpec) -> bool:
+        return spec.layout == "slab" or spec.capacity is not None
 
     def _will_agree(self, call: Call, spec: ExchangeSpec) -> bool:
         """Whether peers that begin this call first agree on the T that a capacity is meant for."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_ep.backends.control import KINDS, Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
 from moe_ep.backends.cuda_jobs import Flight
+from moe_ep.backends.cuda_retired import RetiredArenas
 from moe_ep.backends.lease import Lease
 from moe_ep.backends.sharing import gather_capability, host_id, local_capability, share
 from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError
@@ -65,6 +66,8 @@ class CudaLink:
         self.arena: Any = None
         self.channel: Any = None
         self.payload_bytes = 0
+        self._retired = RetiredArenas()
+        self._captured = False
         self.stream = torch.cuda.Stream(self.device, priority=-1)
         self.place_stream = torch.cuda.Stream(self.device, priority=-1)
         # Streams as the extension takes them; asking torch for one each time costs as much as a launch.
@@ -173,7 +176,11 @@ class CudaLink:
             # Rows that were lent are over: what the device was given to read them has ended.
             self.lease.end()
             self.lease.memory = None
-            self.arena.close()
+            if self._captured:
+                self._retired.add(self.arena, self.channel, self._overflows)
+                self._captured = False
+            else:
+                self.arena.close()
         epoch = 0 if self.channel is None else self.channel.epoch()
         size = self._arena_size(payload)
         self.arena = self.extension.Arena(num_bytes=size, device=self.device.index, way=self.way)
@@ -195,8 +202,8 @@ class CudaLink:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the arena."""
-        return 0 if self.arena is None else int(self.arena.num_bytes)
+        """Bytes of the arena, and of earlier ones that CUDA graphs use."""
+        return 0 if self.arena is None else int(self.arena.num_bytes) + self._retired.num_bytes
 
     def local_memory(self) -> tuple[Any, int, int] | None:
         """Arena, and offset and size of its rings; None once it is released, and no arena before it is reserved."""
@@ -222,6 +229,7 @@ class CudaLink:
         self._closed = True
         self.lease.memory = None
         self._flights.clear()
+        self._retired.close()
         if self.arena is not None:
             self.arena.close()
         self.arena = self.channel = None
@@ -229,8 +237,10 @@ class CudaLink:
     def reset(self) -> None:
         """Go on after a failure. Collective, after the control plane's own reset."""
         if self.channel is not None:
-            epochs = self.control.open(Call("reserve"), torch.tensor([self.channel.epoch()], device="cpu"))
-            self.channel.reset(int(epochs.max()) + 1)
+            epochs = torch.tensor([self.channel.epoch(), *self._retired.epochs()], device="cpu")
+            first, *others = (self.control.open(Call("reserve"), epochs).amax(0) + 1).tolist()
+            self.channel.reset(first)
+            self._retired.reset(others)
             # Nobody opens an exchange before all ranks have left the failed one.
             self.control.open(Call("reserve"))
         self._broken = None
@@ -247,7 +257,9 @@ class CudaLink:
         rings are free again.
         """
         self.settle()
-        if self._flights and not torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_current_stream_capturing():
+            self._captured = True
+        elif self._flights:
             self._flights = [one for one in self._flights if not one.let_go()]
         return self.here()
 
@@ -414,13 +426,15 @@ class CudaLink:
             return None
         times, rank, needed, given = self.channel.overflow()
         if times == self._overflows:
-            return None
+            return self._retired.new_overflow()
         self._overflows = times
         return rank, needed, given
 
     def is_quiet(self) -> bool:
         """Whether :meth:`new_overflow` and :meth:`check` would find nothing."""
-        return self._broken is None and (self.channel is None or self.channel.is_quiet(self._overflows))
+        if self._broken is not None or not (self.channel is None or self.channel.is_quiet(self._overflows)):
+            return False
+        return not self._retired or self._retired.is_quiet()
 
     def check(self) -> None:
         """Raise what went wrong in an exchange before. Waits for nothing."""
@@ -428,7 +442,7 @@ class CudaLink:
             return
         if self._broken is not None:
             raise MoeEpError(f"this Buffer cannot be used after: {self._broken}; call reset() on all ranks first")
-        trouble = None if self.channel is None else self.channel.trouble()
+        trouble = None if self.channel is None else self.channel.trouble() or self._retired.trouble()
         if trouble is not None:
             self._fail(self._error_of(trouble))
 

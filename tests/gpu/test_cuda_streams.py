@@ -1,4 +1,4 @@
-"""Exchanges on the caller's own streams, in any order with others."""
+"""Exchanges on the caller's own streams, in any order with others; and CUDA graphs that outlive the arena they used."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_ep import Capacity, TokenDispatcher
+from moe_ep import Buffer, Capacity, TokenDispatcher
 from moe_ep.backends.cuda_exchange import CudaBackend
+from moe_ep.errors import CapacityError
 from moe_ep.testing import run_ranks
 from moe_ep.testing.worker import RankContext
 
@@ -167,3 +168,81 @@ def test_exchanges_are_inline_where_ranks_have_gpus_of_their_own(num_ranks: int)
 
 def test_exchanges_of_ranks_on_one_gpu_take_the_communication_stream() -> None:
     assert run_ranks(torch.cuda.device_count() + 1, where_inline) == [(False, True)] * (torch.cuda.device_count() + 1)
+
+
+def grow(ctx: RankContext) -> list[int]:
+    """Rounds of exchanges whose fixed sizes were told one after another, through one Buffer."""
+    take_gpu(ctx)
+    buffer, laps = Buffer.for_group(ctx.group, backend="cuda"), []
+    for tokens in (1, 256, 8):
+        dispatcher = make_dispatcher(ctx, tokens, buffer=buffer)
+        topk_idx, weights = choices(dispatcher, tokens)
+        x = torch.full((tokens, HIDDEN), 100.0 + ctx.rank, device="cuda")
+        with torch.no_grad():
+            routed = dispatcher.dispatch(x, topk_idx, weights)
+            out = dispatcher.combine(routed.x, routed.handle, routed.weights)
+        assert rows_of_step(routed.x, routed.tokens_per_expert, 1, ctx.world_size)
+        assert bool((out == TOP_K * x).all())
+        exchanger = dispatcher._live()
+        laps.append(buffer.backend.num_laps(tokens, exchanger._record(exchanger.spec)))  # type: ignore[attr-defined]
+    return laps
+
+
+def test_rings_grow_for_larger_fixed_sizes() -> None:
+    assert run_ranks(2, grow, fresh=True) == [[1, 1, 1]] * 2
+
+
+def replay_after_growth(ctx: RankContext) -> tuple[int, int, list[tuple[int, int, int]]]:
+    """A graph goes on through the arena it was captured with, beside eager exchanges through a larger one."""
+    take_gpu(ctx)
+    buffer = Buffer.for_group(ctx.group, backend="cuda")
+    small = make_dispatcher(ctx, 8, buffer=buffer, capacity=Capacity(per_expert=8))
+    topk_idx, weights = choices(small, 8)
+    even = topk_idx.clone()
+    x = torch.zeros(8, HIDDEN, device="cuda")
+
+    def exchange() -> tuple[Tensor, Tensor, Tensor]:
+        routed = small.dispatch(x, topk_idx, weights)
+        return routed.x, routed.tokens_per_expert, small.combine(routed.x, routed.handle, routed.weights)
+
+    with torch.no_grad():
+        exchange()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            rows, counts, out = exchange()
+        before = buffer.backend.memory_bytes
+        large = make_dispatcher(ctx, 512, buffer=buffer)
+        large_idx, large_weights = choices(large, 512)
+        raised = []
+        for step in range(1, 7):
+            x.fill_(100.0 * step + ctx.rank)
+            # At step 4 all tokens choose the first two experts, which have too few rows: 8 from each rank.
+            topk_idx.copy_(torch.tensor([0, 1], device="cuda").expand(8, 2) if step == 4 else even)
+            graph.replay()
+            big = torch.full((512, HIDDEN), 100.0 * step + ctx.rank, device="cuda")
+            torch.cuda.synchronize()
+            if step == 4:
+                with pytest.raises(CapacityError) as caught:
+                    large.dispatch(big, large_idx, large_weights)
+                raised.append((caught.value.rank, caught.value.needed, caught.value.given))
+                assert bool(out.isnan().all())
+                continue
+            routed = large.dispatch(big, large_idx, large_weights)
+            home = large.combine(routed.x, routed.handle, routed.weights)
+            assert rows_of_step(rows, counts, step, ctx.world_size)
+            assert bool((out == TOP_K * x).all())
+            assert rows_of_step(routed.x, routed.tokens_per_expert, step, ctx.world_size)
+            assert bool((home == TOP_K * big).all())
+            if step == 5:
+                large.reset()
+    torch.cuda.synchronize()
+    return before, buffer.backend.memory_bytes, raised
+
+
+def test_graphs_outlive_their_arena() -> None:
+    answers = run_ranks(2, replay_after_growth, fresh=True)
+    for before, after, raised in answers:
+        assert after > before
+        # 16 tokens on an expert of rank 0 with room for 8.
+        assert raised == answers[0][2]
+        assert raised[0][0] == 0
