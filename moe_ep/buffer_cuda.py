@@ -77,7 +77,7 @@ class CudaCalls:
         """
         self.check_overflow()
         # Peers whose rings are too small for such rows reserve memory first, over the control plane.
-        if self.backend.will_agree(_row_bytes(x), meta_words):
+        if self.backend.will_agree(_reserved_row_bytes(x), meta_words):
             self.link.control.open(Call("reserve"), error=error)
         self.link.refuse(call, error)
 
@@ -116,7 +116,7 @@ class CudaCalls:
         """As ``Buffer.dispatch`` without a handle."""
         self.check_overflow()
         spec, num_tokens = request.spec, request.rows.shape[0]
-        self.backend.ensure(num_tokens, *_record(request))
+        self.backend.ensure(num_tokens, _reserved_row_bytes(request.rows), _record(request)[1])
         call = Call.of("dispatch", request.describe())
         max_tokens = 0
         if spec.capacity is not None:
@@ -171,7 +171,7 @@ class CudaCalls:
     ) -> tuple[Rows, EventOverlap]:
         """As ``Buffer.dispatch`` with a handle."""
         self.check_overflow()
-        self.backend.ensure(rows.shape[0], _row_bytes(rows), 0 if scales is None else scales.shape[1])
+        self.backend.ensure(rows.shape[0], _reserved_row_bytes(rows), 0 if scales is None else scales.shape[1])
         header = self.link.header(call)
         (out, out_scales), event = self._run(
             lambda: self.backend.replay(rows, plan, header, scales, order.num_sms), order, _tensors
@@ -189,7 +189,7 @@ class CudaCalls:
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
         """As ``Buffer.combine``."""
         self.check_overflow()
-        self.backend.ensure(plan.num_tokens, _row_bytes(x), weight_words(topk_weights))
+        self.backend.ensure(plan.num_tokens, _reserved_row_bytes(x), weight_words(topk_weights))
         header = self.link.header(call)
 
         def launch() -> Launch[tuple[Tensor, Tensor | None]]:
@@ -261,6 +261,13 @@ def _row_bytes(x: Any) -> int:
     # What no rank can send says nothing of the rows that its peers are sending.
     told = isinstance(rows, Tensor) and rows.dim() == 2 and rows.dtype in (*ROW_DTYPES, FP8_DTYPE)
     return rows.shape[1] * rows.itemsize if told else _LEAST_ROW_BYTES
+
+
+def _reserved_row_bytes(x: Any) -> int:
+    """Bytes of a row that memory is reserved for: what experts make of fp8 rows goes home in 16 bits."""
+    rows = x[0] if isinstance(x, tuple) and x else x
+    is_fp8 = isinstance(rows, Tensor) and rows.dtype == FP8_DTYPE
+    return _row_bytes(x) * (torch.bfloat16.itemsize if is_fp8 else 1)
 
 
 def _layout_tensors(plans: tuple[TokenPlan, TokenPlan | None]) -> Iterable[Tensor]:
