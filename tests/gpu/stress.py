@@ -32,11 +32,20 @@ _MAX_TOKENS, _MAX_TOKENS_GRANTED = 64, 256
 
 
 class Exchanges:
-    """Calls of a Buffer's CUDA backend with headers of their own."""
+    """Calls of a Buffer's CUDA backend with headers of their own, on the current stream or on the communication stream.
 
-    def __init__(self, buffer: Buffer) -> None:
+    Args:
+        buffer: whose exchanges they are.
+        draw: decides which, differently on every rank.
+    """
+
+    def __init__(self, buffer: Buffer, draw: random.Random) -> None:
         assert isinstance(buffer.backend, CudaBackend)
         self.backend = buffer.backend
+        self._draw = draw
+
+    def _inline(self) -> bool:
+        return self.backend.link.has_own_gpu and self._draw.random() < 0.5
 
     def _header(self, kind: str, serial: int = 0) -> list[int]:
         return self.backend.link.header(Call(kind, _SETTINGS, serial))
@@ -50,14 +59,16 @@ class Exchanges:
         lends = lends and self.backend.ensure_direct(spec, max_tokens, record) is None
         header = self._header("dispatch")
         return self.backend.dispatch(
-            x, None, topk_idx, weights, spec, header, 1, max_tokens=max_tokens, lends=lends
+            x, None, topk_idx, weights, spec, header, 1, max_tokens=max_tokens, lends=lends, inline=self._inline()
         ).result()
 
     def combine(self, y: Tensor, plan: Any) -> Tensor:  # noqa: ANN401
-        return self.backend.combine(y, None, plan, self._header("combine", plan.serial)).result()[0]
+        header = self._header("combine", plan.serial)
+        return self.backend.combine(y, None, plan, header, inline=self._inline()).result()[0]
 
     def replay(self, x: Tensor, plan: Any) -> Tensor:  # noqa: ANN401
-        return self.backend.replay(x, plan, self._header("replayed dispatch", plan.serial)).result()[0]
+        header = self._header("replayed dispatch", plan.serial)
+        return self.backend.replay(x, plan, header, inline=self._inline()).result()[0]
 
 
 def expected_rows(spec: ExchangeSpec, rank: int, ids: list[Tensor], xs: list[Tensor]) -> Tensor:
@@ -122,9 +133,9 @@ def stress(
     # A group of its own; NCCL cannot share a GPU between ranks.
     other = dist.new_group(backend="nccl") if beside_nccl else None
     buffer = Buffer(ctx.group, granted_bytes * ctx.world_size, backend="cuda", timeout_s=20 if fault == 0 else 2)
-    me, size = Exchanges(buffer), ctx.world_size
-    most = _MAX_TOKENS_GRANTED if granted_bytes else _MAX_TOKENS
     draw, skew = random.Random(seed), random.Random(seed * 100 + ctx.rank)
+    me, size = Exchanges(buffer, skew), ctx.world_size
+    most = _MAX_TOKENS_GRANTED if granted_bytes else _MAX_TOKENS
     side, reduced = torch.cuda.Stream(), torch.ones(1 << 20, device="cuda")
     left = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     done = 0
