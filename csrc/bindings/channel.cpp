@@ -183,6 +183,8 @@ Args:
              "Exchanges opened so far; waits for the device.")
         .def("reset", &Channel::reset, py::arg("epoch"), py::call_guard<py::gil_scoped_release>(),
              "Goes on after a failure with an epoch that no rank has used; waits for the device. All ranks together.")
+        .def("abandon", &Channel::abandon, py::call_guard<py::gil_scoped_release>(),
+             "Ends all waits of kernels that run or will, as a failure does, until a reset.")
         .def_property("timeout_s", &Channel::timeout_s, &Channel::set_timeout_s, "Bound of every wait for a peer.");
 #endif
 }

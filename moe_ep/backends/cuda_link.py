@@ -14,27 +14,24 @@ from torch import Tensor
 
 from moe_ep.backends.control import KINDS, Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
+from moe_ep.backends.cuda_errors import error_of
 from moe_ep.backends.cuda_jobs import Flight
 from moe_ep.backends.cuda_retired import RetiredArenas
 from moe_ep.backends.lease import Lease
 from moe_ep.backends.sharing import gather_capability, host_id, local_capability, share
-from moe_ep.errors import ExchangeMismatchError, MoeEpError, PeerAbortedError, PeerTimeoutError
+from moe_ep.errors import MoeEpError, PeerTimeoutError
 from moe_ep.events import EventOverlap
 
 _LOGGER = logging.getLogger("moe_ep")
 _MAGIC = 0x6D6F6531
-_PHASES = (
-    "to open exchange {expected}",
-    "for rows of exchange {epoch}, group stamp {expected:#x}",
-    "for room in its ring in exchange {epoch}, group stamp {expected:#x}",
-)
-_TIMEOUT, _ABORTED, _MISMATCH, _TOO_MANY_TOKENS = 1, 2, 3, 4
 # Payload of all sources together that is reserved unless the caller grants a size; more travels in laps of the rings.
 _DEFAULT_PAYLOAD_BYTES = 512 << 20
 _LEAST_GROUPS = 8
 _ALIGNMENT = 128
 _WARN_SECONDS = 30.0
 _POLL_SECONDS = 0.05
+# How long memory that goes waits for exchanges under way.
+_LEAVE_SECONDS = 5.0
 
 
 class CudaLink:
@@ -218,14 +215,22 @@ class CudaLink:
 
     def synchronize(self) -> None:
         """Wait for every exchange that was launched."""
-        if self._last != self.queue:
-            self._order.follow(self._last, self.queue)
-            self._last = self.queue
+        self._gather()
         self.stream.synchronize()
         self.place_stream.synchronize()
 
+    def _gather(self) -> None:
+        """Order the communication stream behind all exchanges."""
+        if self._last != self.queue:
+            self._order.follow(self._last, self.queue)
+            self._last = self.queue
+
     def close(self) -> None:
-        """Release the memory, without waiting for peers."""
+        """Release the memory; exchanges under way are waited for, but not for long, and then end as after a failure."""
+        if self.channel is not None and not torch.cuda.is_current_stream_capturing():
+            # A process that ends may have taken the context down, or an error may have; nothing runs there any more.
+            with contextlib.suppress(RuntimeError):
+                self._leave()
         self._closed = True
         self.lease.memory = None
         self._flights.clear()
@@ -233,6 +238,18 @@ class CudaLink:
         if self.arena is not None:
             self.arena.close()
         self.arena = self.channel = None
+
+    def _leave(self) -> None:
+        """Wait until no kernel uses the memory; one may be about to tell the peers that this rank has raised."""
+        self._gather()
+        end = time.monotonic() + min(_LEAVE_SECONDS, self.control.timeout_s)
+        while not (self.stream.query() and self.place_stream.query()):
+            if time.monotonic() > end:
+                self.channel.abandon()
+                self._retired.abandon()
+                self.synchronize()
+            else:
+                time.sleep(1e-4)
 
     def reset(self) -> None:
         """Go on after a failure. Collective, after the control plane's own reset."""
@@ -444,48 +461,16 @@ class CudaLink:
             raise MoeEpError(f"this Buffer cannot be used after: {self._broken}; call reset() on all ranks first")
         trouble = None if self.channel is None else self.channel.trouble() or self._retired.trouble()
         if trouble is not None:
-            self._fail(self._error_of(trouble))
+            self._fail(error_of(trouble, self.control))
 
     def _fail(self, error: MoeEpError) -> NoReturn:
         self._broken = error
         raise error
 
-    def _error_of(self, trouble: dict[str, Any]) -> MoeEpError:
-        rank, peer = self.control.rank, int(trouble["peer"])
-        if trouble["kind"] == _ABORTED:
-            reason = self.control.read_note("reason", int(trouble["theirs"][5]), peer) or "unknown"
-            kind = KINDS[int(trouble["mine"][1])]
-            text = f"rank {peer} raised instead of taking part in {kind}: {reason}"
-            return PeerAbortedError(text, rank=peer, reason=reason)
-        if trouble["kind"] == _MISMATCH:
-            return ExchangeMismatchError(
-                f"ranks announce different exchanges: rank {rank}: {_describe(trouble['mine'])}; rank {peer}: "
-                f"{_describe(trouble['theirs'])}; every rank must use the same settings and issue the same exchanges "
-                "in the same order"
-            )
-        if trouble["kind"] == _TOO_MANY_TOKENS:
-            return MoeEpError(
-                f"rank {peer} sends {trouble['seen']} tokens, {trouble['expected']} fit: pass max_tokens_per_rank, the "
-                "largest number of tokens that any rank will send"
-            )
-        expected, seen = int(trouble["expected"]), int(trouble["seen"])
-        what = _PHASES[int(trouble["phase"])].format(expected=expected, epoch=expected >> 24)
-        return PeerTimeoutError(
-            f"rank {rank} waited {self.control.timeout_s:g} s for rank {peer} {what}; seen {seen:#x}: rank {peer} is "
-            "late, dead, or issued other exchanges; call reset() on all ranks that live, or restart",
-            ranks=(peer,),
-        )
-
 
 @functools.lru_cache(maxsize=256)
 def _group_layout(row_bytes: int, meta_words: int) -> dict[str, int]:
     return load_extension().group_layout(row_bytes=row_bytes, meta_words=meta_words)
-
-
-def _describe(header: list[int]) -> str:
-    kind = KINDS[header[1]] if 0 <= header[1] < len(KINDS) else "?"
-    replay = f" of plan {header[4]}" if header[4] else ""
-    return f"{kind}{replay} with settings {header[2]:#x}"
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -64,6 +64,11 @@ class RetiredArenas:
             one.channel.reset(epoch)
             one.overflows = int(one.channel.overflow()[0])
 
+    def abandon(self) -> None:
+        """End all waits of kernels."""
+        for one in self._all:
+            one.channel.abandon()
+
     def close(self) -> None:
         """Release the memory, without waiting for peers."""
         for one in self._all:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -180,3 +181,43 @@ def abort_when_peers_wait(ctx: RankContext) -> float:
 
 def test_an_abort_arrives_at_once() -> None:
     assert max(run_ranks(2, abort_when_peers_wait)) < 10
+
+
+def abort_and_go(ctx: RankContext) -> str:
+    """The kernel that tells the peers is yet to run when its Buffer goes."""
+    dispatcher = make_dispatcher(ctx, timeout_s=60)
+    assert_works(dispatcher)
+    start = time.monotonic()
+    if ctx.rank == 0:
+        torch.cuda._sleep(500_000_000)
+    with pytest.raises((ValueError, PeerAbortedError)) as caught:
+        exchange(dispatcher, hidden=24 if ctx.rank == 0 else 16)
+    del dispatcher
+    caught.value.__traceback__ = None
+    text = f"{type(caught.value).__name__} {time.monotonic() - start < 10}"
+    del caught
+    gc.collect()
+    # The context is still good.
+    return f"{text} {float(torch.ones(8, device='cuda').sum())}"
+
+
+def test_an_abort_arrives_though_its_buffer_goes_at_once() -> None:
+    assert run_ranks(2, abort_and_go) == ["ValueError True 8.0", "PeerAbortedError True 8.0"]
+
+
+def go_alone(ctx: RankContext) -> tuple[bool, float]:
+    """A Buffer goes while its exchange waits for a peer that never comes: it does not wait for the time limit."""
+    dispatcher = make_dispatcher(ctx, timeout_s=60, capacity=Capacity(per_expert=24), max_tokens_per_rank=12)
+    assert_works(dispatcher)
+    start = time.monotonic()
+    if ctx.rank == 0:
+        with torch.no_grad():
+            exchange(dispatcher)
+    del dispatcher
+    gc.collect()
+    torch.cuda.synchronize()
+    return time.monotonic() - start < 20, float(torch.ones(8, device="cuda").sum())
+
+
+def test_a_buffer_goes_without_its_peers() -> None:
+    assert run_ranks(2, go_alone) == [(True, 8.0)] * 2

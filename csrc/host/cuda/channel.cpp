@@ -134,6 +134,19 @@ uint64_t Channel::epoch() const {
     return state.epoch;
 }
 
+void Channel::abandon() {
+    check_cuda(cudaSetDevice(device_), "cudaSetDevice");
+    const uint32_t failed = 1;
+    cudaStream_t stream = nullptr;
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    const cudaError_t copied =
+        cudaMemcpyAsync(&link_.state->failed, &failed, sizeof(failed), cudaMemcpyHostToDevice, stream);
+    const cudaError_t done = cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+    check_cuda(copied, "cudaMemcpyAsync(failed)");
+    check_cuda(done, "cudaStreamSynchronize");
+}
+
 void Channel::reset(uint64_t epoch) {
     check_cuda(cudaSetDevice(device_), "cudaSetDevice");
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");

@@ -40,6 +40,8 @@ public:
     bool is_quiet(int64_t overflows) const;
     uint64_t epoch() const;
     void reset(uint64_t epoch);
+    // Ends all waits of kernels that run or will, as a failure does. Until a reset nothing moves.
+    void abandon();
 
     int num_ranks() const { return link_.num_ranks; }
     int64_t payload_bytes() const { return link_.payload_bytes; }
