@@ -147,6 +147,8 @@ __device__ __forceinline__ uint64_t* consumed_flag(const Link& link, int owner, 
     return link.arena(source).consumed.from(owner).ptr + slot;
 }
 
+// What follows orders the other lanes behind the one that has acquired a flag; votes and shuffles alone do not.
+
 // Lane r waits until rank r has read what lay in the ring where this chunk's group goes. Called by a whole warp;
 // returns whether all have.
 __device__ inline bool wait_for_room(const Link& link, uint64_t epoch, int64_t slot, int64_t lap) {
@@ -158,7 +160,9 @@ __device__ inline bool wait_for_room(const Link& link, uint64_t epoch, int64_t s
         good =
             wait_for(link, consumed_flag(link, lane, link.rank, slot), group_stamp(epoch, lap - 1), lane, Phase::kRoom);
     }
-    return __all_sync(kAllLanes, good) != 0;
+    good = __all_sync(kAllLanes, good) != 0;
+    __syncwarp();
+    return good;
 }
 
 // Lane r looks once whether rank r has; otherwise as above.
@@ -169,7 +173,9 @@ __device__ inline bool has_room(const Link& link, uint64_t epoch, int64_t slot, 
     if (lane < link.num_ranks && lane != link.rank) {
         good = ptx::load_acquire_sys(consumed_flag(link, lane, link.rank, slot)) >= group_stamp(epoch, lap - 1);
     }
-    return __all_sync(kAllLanes, good) != 0;
+    good = __all_sync(kAllLanes, good) != 0;
+    __syncwarp();
+    return good;
 }
 
 // Lane 0 waits for a group of `source`; the whole warp may read it afterwards. Returns whether it came.
@@ -180,7 +186,9 @@ __device__ inline bool wait_for_group(const Link& link, uint64_t epoch, int sour
                         Phase::kArrival);
     }
     if (has_fault(link, Fault::kSkippedRoom)) delay_fault();
-    return __shfl_sync(kAllLanes, good, 0) != 0;
+    good = __shfl_sync(kAllLanes, good, 0);
+    __syncwarp();
+    return good != 0;
 }
 
 // Lane 0 looks once whether a group of `source` has come; if so, the whole warp may read it afterwards.
@@ -190,6 +198,7 @@ __device__ inline bool has_group(const Link& link, uint64_t epoch, int source, i
         came = ptx::load_acquire_sys(arrived_flag(link, link.rank, source, slot)) >= group_stamp(epoch, lap);
     }
     came = __shfl_sync(kAllLanes, came, 0);
+    __syncwarp();
     if (came != 0 && has_fault(link, Fault::kSkippedRoom)) delay_fault();
     return came != 0;
 }

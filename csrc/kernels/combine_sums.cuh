@@ -68,7 +68,7 @@ public:
     __device__ void drain() { __syncwarp(); }
     template <int kStores>
     __device__ static void wait_older() {}
-    __device__ static void fence_arena() {}
+    __device__ static void fence_arena() { __syncwarp(); }
 
 private:
     static constexpr int kUnroll = 4;
@@ -202,8 +202,11 @@ public:
     __device__ static void wait_older() {
         ptx::wait_bulk_stores<kStores>();
     }
-    // After the acquire of a flag and before copies of what it guards.
-    __device__ static void fence_arena() { ptx::fence_proxy_async_global(); }
+    // After the acquire of a flag by a lane and before copies of what it guards by any. Called by a whole warp.
+    __device__ static void fence_arena() {
+        __syncwarp();
+        ptx::fence_proxy_async_global();
+    }
 
     // Waits until all stores are complete. Called by a whole warp.
     __device__ void drain() {
