@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.cuda import load_extension, require_cuda, why_not_by_itself, why_not_cuda
-from moe_ep.backends.cuda_exchange import CudaBackend
+from moe_ep.backends.cuda_exchange import CudaBackend, most_meta_words
 from moe_ep.backends.runtime import TorchRuntime
 from moe_ep.backends.torch import TorchBackend
 from moe_ep.backends.worker import CommunicationThread, release, run_in_mode, run_without_grad
@@ -314,6 +314,8 @@ class Buffer(InternodeCalls, LowLatencyCalls):
         tokens, row = int(sizes[0]), int(sizes[1])
         self.backend.max_tokens = max(self.backend.max_tokens, tokens)
         self.backend.reserved_tokens = max(self.backend.reserved_tokens, tokens)
+        if isinstance(self.backend, CudaBackend):
+            self.backend.expect(tokens, row, most_meta_words(row))
         return self._exchange_bytes(tokens, row)
 
     def _exchange_bytes(self, tokens: int, row_bytes: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_ep.backends.control import Call
 from moe_ep.backends.cuda_counting import TokenPlan
-from moe_ep.backends.cuda_exchange import CudaBackend
+from moe_ep.backends.cuda_exchange import CudaBackend, most_meta_words
 from moe_ep.backends.cuda_jobs import Launch
 from moe_ep.backends.cuda_plan import table_part
 from moe_ep.backends.types import Dispatch
@@ -68,16 +68,15 @@ class CudaCalls:
             raise overflow_error(Overflow(*overflow))
         self.link.check()
 
-    def refuse(self, call: Call, error: Exception, x: object = None, meta_words: int = 0) -> NoReturn:
+    def refuse(self, call: Call, error: Exception, x: object = None) -> NoReturn:
         """Tell the peers that this rank raises instead of taking part, and raise.
 
         Args:
             x: the rows that were given, whatever they are.
-            meta_words: of the exchange.
         """
         self.check_overflow()
         # Peers whose rings are too small for such rows reserve memory first, over the control plane.
-        if self.backend.will_agree(_reserved_row_bytes(x), meta_words):
+        if self.backend.will_agree(*_reserved_record(x)):
             self.link.control.open(Call("reserve"), error=error)
         self.link.refuse(call, error)
 
@@ -116,7 +115,7 @@ class CudaCalls:
         """As ``Buffer.dispatch`` without a handle."""
         self.check_overflow()
         spec, num_tokens = request.spec, request.rows.shape[0]
-        self.backend.ensure(num_tokens, _reserved_row_bytes(request.rows), _record(request)[1])
+        self.backend.ensure(num_tokens, *_reserved_record(request.rows))
         call = Call.of("dispatch", request.describe())
         max_tokens = 0
         if spec.capacity is not None:
@@ -171,7 +170,7 @@ class CudaCalls:
     ) -> tuple[Rows, EventOverlap]:
         """As ``Buffer.dispatch`` with a handle."""
         self.check_overflow()
-        self.backend.ensure(rows.shape[0], _reserved_row_bytes(rows), 0 if scales is None else scales.shape[1])
+        self.backend.ensure(rows.shape[0], *_reserved_record(rows))
         header = self.link.header(call)
         (out, out_scales), event = self._run(
             lambda: self.backend.replay(rows, plan, header, scales, order.num_sms), order, _tensors
@@ -189,7 +188,7 @@ class CudaCalls:
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
         """As ``Buffer.combine``."""
         self.check_overflow()
-        self.backend.ensure(plan.num_tokens, _reserved_row_bytes(x), weight_words(topk_weights))
+        self.backend.ensure(plan.num_tokens, *_reserved_record(x))
         header = self.link.header(call)
 
         def launch() -> Launch[tuple[Tensor, Tensor | None]]:
@@ -263,11 +262,17 @@ def _row_bytes(x: Any) -> int:
     return rows.shape[1] * rows.itemsize if told else _LEAST_ROW_BYTES
 
 
-def _reserved_row_bytes(x: Any) -> int:
-    """Bytes of a row that memory is reserved for: what experts make of fp8 rows goes home in 16 bits."""
+def _reserved_record(x: Any) -> tuple[int, int]:
+    """Bytes of a row and words of metadata that memory is reserved for.
+
+    What experts make of fp8 rows goes home in 16 bits. A rank that refuses an exchange does not know its metadata, and
+    has to come to the same as its peers: there is room for the most.
+    """
     rows = x[0] if isinstance(x, tuple) and x else x
-    is_fp8 = isinstance(rows, Tensor) and rows.dtype == FP8_DTYPE
-    return _row_bytes(x) * (torch.bfloat16.itemsize if is_fp8 else 1)
+    row_bytes = _row_bytes(x)
+    if isinstance(rows, Tensor) and rows.dtype == FP8_DTYPE:
+        row_bytes *= torch.bfloat16.itemsize
+    return row_bytes, most_meta_words(row_bytes)
 
 
 def _layout_tensors(plans: tuple[TokenPlan, TokenPlan | None]) -> Iterable[Tensor]:

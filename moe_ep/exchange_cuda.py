@@ -62,9 +62,9 @@ class CudaExchanger(Exchanger):
         self.num_sms = num_sms
         self._listed: list[int] | None = None
         self._good_shapes: set[tuple[Any, ...]] = set()
-        if self._has_fixed_sizes(spec):
+        if self._has_fixed_sizes(spec) and spec.max_tokens_per_rank is not None:
             # Fixed sizes tell nobody a larger T later; this one all ranks know.
-            self.backend.max_tokens = max(self.backend.max_tokens, spec.max_tokens_per_rank or 0)
+            self.backend.expect(spec.max_tokens_per_rank, *self._record(spec))
         with torch.inference_mode(False):
             self.choices_received = torch.zeros(spec.num_local_experts, dtype=torch.int64, device=self.link.device)
 
@@ -99,7 +99,9 @@ class CudaExchanger(Exchanger):
 
     def _refuse(self, call: Call, error: Exception, spec: ExchangeSpec, lends: bool = False) -> NoReturn:
         self._begin()
-        agrees = self.backend.will_agree(*self._record(spec)) or self._will_agree(call, spec)
+        # Replays and combines find the memory of their dispatch.
+        makes_plan = call.kind in ("plan", "dispatch")
+        agrees = makes_plan and (self.backend.will_agree(*self._record(spec)) or self._will_agree(spec))
         if agrees or (lends and self._will_reserve(spec)):
             # Peers are about to agree on sizes, over the control plane.
             self.link.control.open(Call("reserve"), error=error)
@@ -206,7 +208,7 @@ class CudaExchanger(Exchanger):
             planned=planned,
             num_sms=self.num_sms,
             beside=beside,
-            inline=self._runs_inline(beside),
+            inline=not beside,
             lends=lends,
         )
 
@@ -219,12 +221,8 @@ class CudaExchanger(Exchanger):
         return LentJob(done, self.link.lease, lambda result: result.rows) if lends else done
 
     def _runs_beside(self, phase: str) -> bool:
-        """Whether work may be given to the current stream before the wait."""
+        """Whether work may be given to the current stream before the wait; where not, an exchange runs inline."""
         return self.overlap or self.hooks.any(phase)
-
-    def _runs_inline(self, beside: bool) -> bool:
-        """Whether an exchange, that nothing runs beside, runs on the current stream as any operator does."""
-        return not beside and self.link.has_own_gpu
 
     def _check_arguments(
         self, x: Tensor | tuple[Tensor, Tensor], topk_idx: Tensor, topk_weights: Tensor, spec: ExchangeSpec
@@ -268,7 +266,7 @@ class CudaExchanger(Exchanger):
             wide=spec.wide_sums,
             num_sms=self.num_sms,
             beside=beside,
-            inline=self._runs_inline(beside),
+            inline=not beside,
         )
         return self._checked(lambda: job.result()[0])
 
@@ -284,7 +282,7 @@ class CudaExchanger(Exchanger):
         self._begin()
         beside = self._runs_beside("backward_combine_launched")
         job = self.backend.replay(
-            x, plan, self.link.header(call), num_sms=self.num_sms, beside=beside, inline=self._runs_inline(beside)
+            x, plan, self.link.header(call), num_sms=self.num_sms, beside=beside, inline=not beside
         )
         return self._checked(lambda: self._shape(job.result()[0]))
 
@@ -307,7 +305,7 @@ class CudaExchanger(Exchanger):
             wide=spec.wide_sums,
             num_sms=self.num_sms,
             beside=beside,
-            inline=self._runs_inline(beside),
+            inline=not beside,
         )
 
         def landed() -> tuple[Tensor, Tensor]:
@@ -351,8 +349,7 @@ class CudaExchanger(Exchanger):
     def _prepare(self, num_tokens: int, spec: ExchangeSpec) -> int:
         """Reserve memory where it is missing; returns the T that fixed sizes are meant for, 0 without a capacity."""
         fixed = self._has_fixed_sizes(spec)
-        # The first exchange makes the rings for the most there may be.
-        self.backend.ensure(max(num_tokens, fixed and spec.max_tokens_per_rank or 0), *self._record(spec))
+        self.backend.ensure(num_tokens, *self._record(spec))
         if not fixed:
             return 0
         if spec.max_tokens_per_rank is not None:
@@ -366,11 +363,9 @@ class CudaExchanger(Exchanger):
     def _has_fixed_sizes(spec: ExchangeSpec) -> bool:
         return spec.layout == "slab" or spec.capacity is not None
 
-    def _will_agree(self, call: Call, spec: ExchangeSpec) -> bool:
-        """Whether peers that begin this call first agree on the T that a capacity is meant for."""
-        if call.kind not in ("plan", "dispatch") or spec.max_tokens_per_rank is not None or self._first_tokens:
-            return False
-        return spec.capacity is not None
+    def _will_agree(self, spec: ExchangeSpec) -> bool:
+        """Whether peers that begin an exchange with a plan first agree on the T that a capacity is meant for."""
+        return spec.capacity is not None and spec.max_tokens_per_rank is None and not self._first_tokens
 
     def _check_tokens(self, num_tokens: int, spec: ExchangeSpec) -> None:
         """Sizes are fixed with a capacity: by the constructor, or by the largest T of the first exchange."""

@@ -24,7 +24,7 @@ from moe_ep.backends.cuda_placing import Placing
 from moe_ep.backends.cuda_settings import Settings
 from moe_ep.backends.lease import Lease
 from moe_ep.backends.types import Dispatch
-from moe_ep.config import ExchangeSpec
+from moe_ep.config import FP8_GROUP, MAX_TOP_K, ExchangeSpec
 from moe_ep.handle import CudaPlan
 from moe_ep.plan import rows_of_factor
 
@@ -50,6 +50,9 @@ class CudaBackend:
         self.direct = DirectRows(self.link)
         self.max_tokens = 0
         self.reserved_tokens = 0
+        # Sizes that all ranks know of before any exchange has them, and whether rings are yet to be made for them.
+        self._expected: set[tuple[int, int, int]] = set()
+        self._expects = False
         self._extension = load_extension()
         self._serial = 0
         bulk = self.link.compute_capability >= _HOPPER if bulk is None else bulk
@@ -79,11 +82,27 @@ class CudaBackend:
     def reset(self) -> None:
         """Go on after a failure. Collective."""
         self.link.reset()
+        # What ranks know of sizes decides when they make rings: an exchange that failed may have told some alone.
+        self.max_tokens, self.reserved_tokens = self._agree(self.max_tokens, self.reserved_tokens)
+        self._expects = bool(self._expected)
         # Ranks that failed have not launched the same dispatches; the incarnation tells plans apart.
         self._serial = 0
         self.direct.forget()
 
     # Sizes
+
+    def expect(self, num_tokens: int, row_bytes: int, meta_words: int) -> None:
+        """Make the rings of the next exchange large enough for such ones too; told on all ranks, if not together.
+
+        Args:
+            num_tokens: largest T of any rank.
+            row_bytes: bytes of a row as it travels.
+            meta_words: 32-bit words that travel with it.
+        """
+        sizes = (num_tokens, row_bytes, meta_words)
+        if sizes not in self._expected:
+            self._expected.add(sizes)
+            self._expects = True
 
     def ensure(self, num_tokens: int, row_bytes: int, meta_words: int) -> None:
         """Reserve memory at the first exchange, or where one needs more. Collective when it does anything.
@@ -94,23 +113,38 @@ class CudaBackend:
             meta_words: 32-bit words that travel with it.
         """
         if self.link.fits(row_bytes, meta_words):
-            if self.max_tokens <= self.reserved_tokens or torch.cuda.is_current_stream_capturing():
+            wanted = self._wanted(row_bytes, meta_words)
+            if not wanted or torch.cuda.is_current_stream_capturing():
                 return
-            # All ranks have seen the same larger T in the counts of an exchange before.
-            self.reserved_tokens = self.max_tokens
         else:
             # NOTE: rings of different sizes would tear exchanges apart, so ranks that differ reserve the same as well;
             # the opening of their exchange tells them.
             tokens, row_bytes, meta_words = self._agree(num_tokens, row_bytes, meta_words)
             self.max_tokens = max(self.max_tokens, tokens)
-            self.reserved_tokens = max(self.reserved_tokens, tokens)
-        self.link.reserve(self.reserved_tokens, row_bytes, meta_words)
+            wanted = [(max(self.reserved_tokens, tokens), row_bytes, meta_words), *self._wanted(row_bytes, meta_words)]
+        self.link.reserve(*max(wanted, key=lambda sizes: self.link.payload_for(*sizes)))
+        self._note_reserved()
+
+    def _wanted(self, row_bytes: int, meta_words: int) -> list[tuple[int, int, int]]:
+        """Sizes that all ranks have come to know of since rings were made; rows are those of the exchange at hand."""
+        seen = [(self.max_tokens, row_bytes, meta_words)] if self.max_tokens > self.reserved_tokens else []
+        return [*seen, *self._expected] if self._expects else seen
+
+    def _note_reserved(self) -> None:
+        self.reserved_tokens = max(self.reserved_tokens, self.max_tokens)
+        self._expects = False
 
     def will_agree(self, row_bytes: int, meta_words: int) -> bool:
-        """Whether peers that begin an exchange of such rows first talk about memory, as in :meth:`ensure`."""
+        """Whether peers that begin an exchange of such rows first talk about memory, as in :meth:`ensure`.
+
+        For a rank that refuses the exchange: what they decide without a word, it decides here.
+        """
         if not self.link.fits(row_bytes, meta_words):
             return True
-        return self.max_tokens > self.reserved_tokens and self.link.must_grow(self.max_tokens, row_bytes, meta_words)
+        if any(self.link.must_grow(*sizes) for sizes in self._wanted(row_bytes, meta_words)):
+            return True
+        self._note_reserved()
+        return False
 
     def direct_bytes(self, spec: ExchangeSpec, max_tokens: int, record: Record) -> int:
         """Memory of all rings together that a dispatch whose rows stay in the arena is going to take.
@@ -437,6 +471,11 @@ class CudaBackend:
         )
         flights = self.link.end(current, (y, row_weights, plan, bias, values, out, out_values), event)
         return Launch(self.link, lambda: ((out, out_values), flights), tuple)
+
+
+def most_meta_words(row_bytes: int) -> int:
+    """Words that travel with a row at most, whose number is not known: ids, places and weights, and fp8 scales."""
+    return 3 * MAX_TOP_K + row_bytes // FP8_GROUP
 
 
 def static_sizes(spec: ExchangeSpec, max_tokens: int) -> tuple[int, int]:

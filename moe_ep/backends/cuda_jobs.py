@@ -24,12 +24,14 @@ class Flight:
         landed: whether a stream of the caller waits for it.
         foreign: whether its outputs were allocated on another stream, none of the caller's.
         captured: whether it belongs to a graph, so that its event says nothing to the host.
+        number: of flights so far, eager ones and captured ones apart.
     """
 
     event: Any
     stream: int
     keep: tuple[Any, ...]
     captured: bool
+    number: int
     foreign: bool = False
     landed: bool = False
 
@@ -39,6 +41,21 @@ class Flight:
             return False
         self.keep = ()
         return True
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Order:
+    """Where exchanges were launched, so that each comes behind the one before; of eager ones or of captured ones.
+
+    Attributes:
+        last: address of the stream of the last one.
+        flights: how many took the communication stream so far.
+        joined: the stream that has waited for the last of these, if one has.
+    """
+
+    last: int
+    flights: int = 0
+    joined: int | None = None
 
 
 class Lander(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_ep.backends.control import KINDS, Call, ControlPlane
 from moe_ep.backends.cuda import load_extension
 from moe_ep.backends.cuda_errors import error_of
-from moe_ep.backends.cuda_jobs import Flight
+from moe_ep.backends.cuda_jobs import Flight, Order
 from moe_ep.backends.cuda_retired import RetiredArenas
 from moe_ep.backends.lease import Lease
 from moe_ep.backends.sharing import gather_capability, host_id, local_capability, share
@@ -56,10 +56,6 @@ class CudaLink:
         )
         self.compute_capability = min(tuple(one["compute_capability"]) for one in capabilities)
         self.num_sms = min(int(one["sms"]) for one in capabilities)
-        # Where ranks share a GPU, kernels that wait keep it from those of lower priority in other processes, so that
-        # all exchanges have to be of one: that of the communication stream.
-        gpus = {(one["host"], one["uuid"]) for one in capabilities}
-        self.has_own_gpu = len(gpus) == len(capabilities)
         self.arena: Any = None
         self.channel: Any = None
         self.payload_bytes = 0
@@ -77,9 +73,8 @@ class CudaLink:
         self._flights: list[Flight] = []
         self._unplaced: list[Callable[[], None]] = []
         self._caller: int | None = None
-        # Where the last exchange was launched, and the stream that has waited for the last flight.
-        self._last = self.queue
-        self._joined: int | None = None
+        self._eager, self._in_graph = Order(self.queue), Order(self.queue)
+        self._captures = False
         self._overflows = 0
         self._broken: MoeEpError | None = None
         self._calls = 0
@@ -167,24 +162,28 @@ class CudaLink:
             )
         self.settle()
         torch.cuda.synchronize(self.device)
+        epoch = 0 if self.channel is None else self.channel.epoch()
         if self.arena is not None:
             # Peers may still store into it: all ranks have finished what came before.
-            self.control.open(Call.of("reserve", f"{payload} bytes from each source"))
+            captured = torch.tensor([int(self._captured)], device="cpu")
+            told = self.control.open(Call.of("reserve", f"{payload} bytes from each source"), captured)
             # Rows that were lent are over: what the device was given to read them has ended.
             self.lease.end()
             self.lease.memory = None
-            if self._captured:
+            # On all ranks alike: each reset goes through the retired ones as well.
+            if bool(told.any()):
                 self._retired.add(self.arena, self.channel, self._overflows)
-                self._captured = False
             else:
                 self.arena.close()
-        epoch = 0 if self.channel is None else self.channel.epoch()
+        # Whatever fails below, what is gone is not used again.
+        self.arena = self.channel = None
+        self.payload_bytes, self._overflows, self._captured = 0, 0, False
         size = self._arena_size(payload)
-        self.arena = self.extension.Arena(num_bytes=size, device=self.device.index, way=self.way)
+        arena = self._allocate(size)
         addresses = share(
-            self.arena, self.control.rank, self.control.size, self.gather_bytes, timeout_s=self.control.timeout_s
+            arena, self.control.rank, self.control.size, self.gather_bytes, timeout_s=self.control.timeout_s
         )
-        self.channel = self.extension.Channel(
+        channel = self.extension.Channel(
             arenas=addresses,
             rank=self.control.rank,
             payload_bytes=payload,
@@ -192,10 +191,21 @@ class CudaLink:
             timeout_s=self.control.timeout_s,
         )
         if epoch:
-            self.channel.reset(epoch)
-        self._overflows = 0
+            channel.reset(epoch)
+        self.arena, self.channel = arena, channel
         self.payload_bytes = payload
         _LOGGER.info("moe_ep: arena of %d bytes per rank, shared by %s", size, self.way)
+
+    def _allocate(self, num_bytes: int) -> Any:  # noqa: ANN401
+        """An arena on every rank, or an error on all."""
+        arena, error = None, None
+        try:
+            arena = self.extension.Arena(num_bytes=num_bytes, device=self.device.index, way=self.way)
+        # Whatever it is: peers wait for this rank's.
+        except Exception as failure:
+            error = failure
+        self.control.open(Call("reserve"), error=error)
+        return arena
 
     @property
     def memory_bytes(self) -> int:
@@ -221,9 +231,9 @@ class CudaLink:
 
     def _gather(self) -> None:
         """Order the communication stream behind all exchanges."""
-        if self._last != self.queue:
-            self._order.follow(self._last, self.queue)
-            self._last = self.queue
+        if self._eager.last != self.queue:
+            self._order.follow(self._eager.last, self.queue)
+            self._eager.last = self.queue
 
     def close(self) -> None:
         """Release the memory; exchanges under way are waited for, but not for long, and then end as after a failure."""
@@ -274,14 +284,15 @@ class CudaLink:
         rings are free again.
         """
         self.settle()
-        if torch.cuda.is_current_stream_capturing():
-            self._captured = True
-        elif self._flights:
+        self._captures = torch.cuda.is_current_stream_capturing()
+        if self._flights and not self._captures:
             self._flights = [one for one in self._flights if not one.let_go()]
         return self.here()
 
     def queue_of(self, current: int, inline: bool) -> int:
         """Address of the stream for an exchange that is about to be launched, which comes behind the one before.
+
+        NOTE: a stream that is no stream of torch's has to live until the next exchange was launched.
 
         Args:
             current: what :meth:`begin` returned.
@@ -289,10 +300,11 @@ class CudaLink:
                 nor keep its tensors. Otherwise it takes the communication stream, and waits for the current one itself.
         """
         queue = current if inline else self.queue
-        last, self._last = self._last, queue
-        if last in (queue, current) or (last == self.queue and self._joined == current):
-            return queue
-        self._order.follow(last, queue)
+        order = self._in_graph if self._captures else self._eager
+        self._captured = self._captured or self._captures
+        last, order.last = order.last, queue
+        if last not in (queue, current) and not (last == self.queue and order.joined == current):
+            self._order.follow(last, queue)
         return queue
 
     def is_idle(self) -> bool:
@@ -369,9 +381,11 @@ class CudaLink:
             return ()
         # What was allocated on the communication stream goes back to it, which comes after its own exchanges.
         stream = current if self._caller is None else self._caller
-        flight = Flight(event, stream, keep, torch.cuda.is_current_stream_capturing(), foreign)
+        order = self._in_graph if self._captures else self._eager
+        order.flights += 1
+        order.joined = None
+        flight = Flight(event, stream, keep, self._captures, order.flights, foreign)
         self._flights.append(flight)
-        self._joined = None
         return (flight,)
 
     def land(self, flight: Flight, *outputs: Tensor | None) -> None:
@@ -384,8 +398,9 @@ class CudaLink:
         current = self.here()
         flight.event.wait(current)
         flight.landed = True
-        if self._flights and flight is self._flights[-1]:
-            self._joined = current
+        order = self._in_graph if flight.captured else self._eager
+        if flight.number == order.flights:
+            order.joined = current
         if current != flight.stream or flight.foreign:
             self.lend(outputs, torch.cuda.current_stream(self.device))
         if current == flight.stream and flight in self._flights:
@@ -413,8 +428,7 @@ class CudaLink:
     def refuse(self, call: Call, error: Exception) -> NoReturn:
         """Tell the peers that this rank raises instead of taking part, and raise."""
         if self.channel is not None and self.control.size > 1:
-            current = self.begin()
-            self.channel.open(self.header(call, error), self.queue_of(current, inline=True))
+            self.channel.open(self.header(call, error), self.queue_of(self.begin(), inline=True))
             self._broken = MoeEpError(f"{type(error).__name__}: {error}")
         raise error
 

@@ -45,7 +45,7 @@ class Exchanges:
         self._draw = draw
 
     def _inline(self) -> bool:
-        return self.backend.link.has_own_gpu and self._draw.random() < 0.5
+        return self._draw.random() < 0.5
 
     def _header(self, kind: str, serial: int = 0) -> list[int]:
         return self.backend.link.header(Call(kind, _SETTINGS, serial))

@@ -147,27 +147,50 @@ def test_unordered_exchanges_would_meet_others() -> None:
     assert run_ranks(2, swap, False, fresh=True) != [True, True]
 
 
-def where_inline(ctx: RankContext) -> tuple[bool, bool]:
-    """Whether this rank has a GPU of its own, and whether an exchange left nothing in flight behind it."""
+def leaves_flights(ctx: RankContext) -> list[bool]:
+    """Whether an exchange has left something in flight behind it: alone, and asynchronous."""
     dispatcher = make_dispatcher(ctx)
     topk_idx, weights = choices(dispatcher)
-    link, ends = link_of(dispatcher), []
-    end = link.end
-    link.end = lambda *given: ends.append(given[2] is not None) or end(*given)
+    link, left = link_of(dispatcher), []
+    x = torch.ones(TOKENS, HIDDEN, device="cuda")
     with torch.no_grad():
-        routed = dispatcher.dispatch(torch.ones(TOKENS, HIDDEN, device="cuda"), topk_idx, weights)
-        dispatcher.combine(routed.x, routed.handle, routed.weights)
-    return link.has_own_gpu, any(ends)
+        dispatcher.dispatch(x, topk_idx, weights)
+        torch.cuda.synchronize()
+        link.begin()
+        for dispatch in (dispatcher.dispatch, dispatcher.dispatch_async):
+            before = link._eager.flights
+            dispatch(x, topk_idx, weights)
+            left.append(link._eager.flights > before)
+    return left
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_exchanges_are_inline_where_ranks_have_gpus_of_their_own(num_ranks: int) -> None:
-    own = num_ranks <= torch.cuda.device_count()
-    assert run_ranks(num_ranks, where_inline) == [(own, not own)] * num_ranks
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_only_asynchronous_exchanges_are_in_flight(num_ranks: int) -> None:
+    assert run_ranks(num_ranks, leaves_flights) == [[False, True]] * num_ranks
 
 
-def test_exchanges_of_ranks_on_one_gpu_take_the_communication_stream() -> None:
-    assert run_ranks(torch.cuda.device_count() + 1, where_inline) == [(False, True)] * (torch.cuda.device_count() + 1)
+def wait_out_of_order(ctx: RankContext) -> bool:
+    """Another stream waits for the first of two exchanges, after this one for the second; a third comes behind both."""
+    dispatcher = make_dispatcher(ctx, timeout_s=20)
+    topk_idx, weights = choices(dispatcher)
+    other, right = torch.cuda.Stream(), True
+    xs = [torch.full((TOKENS, HIDDEN), 100.0 * step + ctx.rank, device="cuda") for step in range(1, 4)]
+    with torch.no_grad():
+        dispatcher.dispatch(xs[0], topk_idx, weights)
+        torch.cuda.synchronize()
+        for _ in range(30):
+            first, second = (dispatcher.dispatch_async(x, topk_idx, weights) for x in xs[:2])
+            routed = [second.wait()]
+            with torch.cuda.stream(other):
+                routed = [first.wait(), *routed, dispatcher.dispatch(xs[2], topk_idx, weights)]
+            torch.cuda.synchronize()
+            for step, one in enumerate(routed, 1):
+                right = right and rows_of_step(one.x, one.tokens_per_expert, step, ctx.world_size)
+    return right
+
+
+def test_waits_in_any_order_keep_exchanges_apart() -> None:
+    assert run_ranks(2, wait_out_of_order) == [True, True]
 
 
 def grow(ctx: RankContext) -> list[int]:

@@ -221,3 +221,77 @@ def go_alone(ctx: RankContext) -> tuple[bool, float]:
 
 def test_a_buffer_goes_without_its_peers() -> None:
     assert run_ranks(2, go_alone) == [(True, 8.0)] * 2
+
+
+class OutOfMemory:
+    """The extension on a GPU without room for an arena."""
+
+    def __init__(self, extension: Any) -> None:
+        self._extension = extension
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._extension, name)
+
+    def Arena(self, **sizes: Any) -> None:  # noqa: N802
+        raise RuntimeError(f"out of memory: {sizes['num_bytes']} bytes")
+
+
+def grow_without_memory(ctx: RankContext) -> list[str]:
+    """One rank finds no memory for larger rings: all raise, and go on once there is some."""
+    dispatcher = make_dispatcher(ctx, timeout_s=20)
+    assert_works(dispatcher)
+    make_dispatcher(ctx, timeout_s=20, like=dispatcher, capacity=Capacity(per_expert=1024), max_tokens_per_rank=512)
+    link = dispatcher.buffer.backend.link
+    extension, errors = link.extension, []
+    if ctx.rank == 1:
+        link.extension = OutOfMemory(extension)
+    for _ in range(2):
+        with pytest.raises((RuntimeError, MoeEpError)) as caught, torch.no_grad():
+            exchange(dispatcher)
+        errors.append(f"{type(caught.value).__name__} {'out of memory' in str(caught.value)}")
+    link.extension = extension
+    assert_works(dispatcher)
+    return errors
+
+
+def test_memory_that_one_rank_lacks_raises_on_all() -> None:
+    assert run_ranks(2, grow_without_memory) == [["PeerAbortedError True"] * 2, ["RuntimeError True"] * 2]
+
+
+def refuse_combine(ctx: RankContext) -> list[str]:
+    """A combine is refused while larger rings are due, which are made for dispatches alone; later all make them."""
+    dispatcher = make_dispatcher(ctx, timeout_s=20)
+    assert_works(dispatcher)
+    topk_idx, weights = make_routing(12, 2, dispatcher.num_experts, seed=ctx.rank)
+    given = torch.ones(12, 16, device="cuda"), topk_idx.cuda(), torch.ones_like(weights).cuda()
+    errors = []
+    with torch.no_grad():
+        routed = dispatcher.dispatch(*given)
+        larger = make_dispatcher(
+            ctx, timeout_s=20, like=dispatcher, capacity=Capacity(per_expert=1024), max_tokens_per_rank=512
+        )
+        start = time.monotonic()
+
+        def combine(y: torch.Tensor) -> None:
+            dispatcher.combine(y, routed.handle, routed.weights)
+            torch.cuda.synchronize()
+            dispatcher.check()
+
+        with pytest.raises((ValueError, MoeEpError)) as caught:
+            combine(routed.x if ctx.rank == 1 else routed.x[:, :8])
+        errors.append(f"{type(caught.value).__name__} {time.monotonic() - start < 10}")
+        dispatcher.reset()
+        # A dispatch is refused where all would make them.
+        with pytest.raises((ValueError, MoeEpError)) as caught:
+            exchange(dispatcher, hidden=24 if ctx.rank == 0 else 16)
+        errors.append(type(caught.value).__name__)
+        for one in (dispatcher, larger):
+            assert_works(one)
+    return errors
+
+
+def test_a_refused_combine_makes_no_rings() -> None:
+    assert run_ranks(2, refuse_combine) == [
+        ["ValueError True", "ValueError"],
+        ["PeerAbortedError True", "PeerAbortedError"],
+    ]
