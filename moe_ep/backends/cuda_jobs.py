@@ -121,7 +121,9 @@ class Launch(Generic[Result]):
     def result(self) -> Result:
         """The outputs, after making the current stream wait for them."""
         value = self.outputs()
-        self.event().current_stream_wait()
+        assert self._placed is not None
+        if self._placed[1]:
+            self.event().current_stream_wait()
         return value
 
 
