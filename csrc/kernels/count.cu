@@ -60,13 +60,18 @@ __global__ void __launch_bounds__(kThreads)
     const bool has_tokens = warp < plan.num_warps;
     const PlanShared shared = shared_of(plan, memory, has_tokens ? warp : 0);
     const TokenRange chunk = chunk_range(plan);
-    if (has_tokens) count_chunk<Index>(plan, shared, chunk);
-    sum_warps(plan, memory);
-    const bool opens = tell_counted(link, epoch);
-    if (!opens && !wait_for_counts(link, epoch)) return;
-    add_blocks(plan, memory, opens);
-    if (opens) send_counts(open, epoch);
-    if (has_tokens) place_chunk<Index>(plan, shared, chunk);
+    if (has_tokens) clear_counts(plan.params, shared);
+    bool opens = false;
+#pragma unroll 1
+    for (bool places = false;; places = true) {
+        if (has_tokens) walk_chunk<Index>(plan, shared, chunk, places);
+        if (places) break;
+        sum_warps(plan, memory);
+        opens = tell_counted(link, epoch);
+        if (!opens && !wait_for_counts(link, epoch)) return;
+        add_blocks(plan, memory, opens);
+        if (opens) send_counts(open, epoch);
+    }
     if (!opens) return;
     // The plan's counts in shared memory are used up.
     auto* wanted = reinterpret_cast<int32_t*>(memory);

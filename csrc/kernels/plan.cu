@@ -19,16 +19,16 @@ __global__ void __launch_bounds__(PlanGrid::kMaxWarps* kWarpSize)
     extern __shared__ uint4 memory[];
     const PlanShared shared = shared_of(launch, memory, static_cast<int>(threadIdx.x) / kWarpSize);
     const TokenRange chunk = chunk_range(launch);
-    count_chunk<Index>(launch, shared, chunk);
-    sum_warps(launch, memory);
-    // A grid of one block is not launched cooperatively.
-    if (launch.num_blocks > 1) {
-        cooperative_groups::this_grid().sync();
-    } else {
-        __syncthreads();
+    clear_counts(launch.params, shared);
+#pragma unroll 1
+    for (bool places = false;; places = true) {
+        walk_chunk<Index>(launch, shared, chunk, places);
+        if (places) return;
+        sum_warps(launch, memory);
+        // A grid of one block is not launched cooperatively.
+        if (launch.num_blocks > 1) cooperative_groups::this_grid().sync();
+        add_blocks(launch, memory, static_cast<int>(blockIdx.x) == launch.num_blocks - 1);
     }
-    add_blocks(launch, memory, static_cast<int>(blockIdx.x) == launch.num_blocks - 1);
-    place_chunk<Index>(launch, shared, chunk);
 }
 
 template <class Index>

@@ -39,13 +39,14 @@ struct PlanLaunch {
     int64_t chunk_tokens;
     int64_t warp_bytes;
     int32_t* sums;  // [num_blocks][E + R]
-    Divisor by_top_k, by_local_experts;
+    Divisor by_top_k, by_local_experts, by_ranks;
 
     explicit PlanLaunch(const PlanParams& params)
         : params(params),
           warp_bytes(PlanShared(nullptr, params).num_bytes),
           by_top_k(params.top_k > 0 ? params.top_k : 1),
-          by_local_experts(params.num_experts / params.num_ranks) {
+          by_local_experts(params.num_experts / params.num_ranks),
+          by_ranks(params.num_ranks) {
         const PlanGrid grid(params);
         num_warps = grid.num_warps;
         num_blocks = grid.num_blocks;
@@ -116,6 +117,7 @@ __device__ inline void walk_choices(const PlanLaunch& launch, const PlanShared& 
 // Transposes the group's rank bits: afterwards bit t of rank_tokens[r] says whether token t goes to rank r.
 __device__ inline void transpose_ranks(const PlanParams& params, const PlanShared& shared) {
     const uint64_t ranks = shared.token_ranks[lane_idx()];
+#pragma unroll 1
     for (int rank = 0; rank < params.num_ranks; ++rank) {
         const uint32_t tokens = __ballot_sync(kAllLanes, (ranks >> rank & 1) != 0);
         if (lane_idx() == 0) shared.rank_tokens[rank] = tokens;
@@ -124,6 +126,7 @@ __device__ inline void transpose_ranks(const PlanParams& params, const PlanShare
 }
 
 __device__ inline void advance_rank_counts(const PlanParams& params, const PlanShared& shared) {
+#pragma unroll 1
     for (int rank = lane_idx(); rank < params.num_ranks; rank += kWarpSize) {
         shared.counts[params.num_experts + rank] += __popc(shared.rank_tokens[rank]);
     }
@@ -145,10 +148,12 @@ __device__ inline void place_choices(const PlanParams& params, const PlanShared&
 
 // Numbers the group's tokens within each rank; lanes take neighbouring (token, rank) pairs, so that stores are
 // coalesced.
-__device__ inline void place_tokens(const PlanParams& params, const PlanShared& shared, TokenRange group) {
+__device__ inline void place_tokens(const PlanLaunch& launch, const PlanShared& shared, TokenRange group) {
+    const PlanParams& params = launch.params;
     const int num_pairs = static_cast<int>(group.end - group.begin) * params.num_ranks;
+#pragma unroll 1
     for (int pair = lane_idx(); pair < num_pairs; pair += kWarpSize) {
-        const int token = pair / params.num_ranks, rank = pair % params.num_ranks;
+        const int token = launch.by_ranks.quotient(pair), rank = pair - token * params.num_ranks;
         const uint32_t tokens = shared.rank_tokens[rank];
         const bool in_rank = tokens >> token & 1;
         const int place = shared.counts[params.num_experts + rank] + __popc(tokens & ((1u << token) - 1));
@@ -159,45 +164,80 @@ __device__ inline void place_tokens(const PlanParams& params, const PlanShared& 
     __syncwarp();
 }
 
-template <class Index>
-__device__ inline void count_chunk(const PlanLaunch& launch, const PlanShared& shared, TokenRange chunk) {
-    const PlanParams& params = launch.params;
+__device__ inline void clear_counts(const PlanParams& params, const PlanShared& shared) {
     const int num_columns = params.num_experts + params.num_ranks;
+#pragma unroll 1
     for (int column = lane_idx(); column < num_columns; column += kWarpSize) shared.counts[column] = 0;
     __syncwarp();
+}
+
+// Walks a warp's tokens: counts them or, with `places`, numbers them from the counts there are. One function for both,
+// called in one place: kernels of few tokens take as long as their code takes to load.
+template <class Index>
+__device__ inline void walk_chunk(const PlanLaunch& launch, const PlanShared& shared, TokenRange chunk, bool places) {
+    const PlanParams& params = launch.params;
+#pragma unroll 1
     for (int64_t token = chunk.begin; token < chunk.end; token += kWarpSize) {
-        walk_choices<Index>(launch, shared, {token, min(token + kWarpSize, chunk.end)}, [&](int64_t, int expert, bool) {
-            if (expert >= 0) atomicAdd(&shared.counts[expert], 1);
+        const TokenRange group{token, min(token + kWarpSize, chunk.end)};
+        walk_choices<Index>(launch, shared, group, [&](int64_t choice, int expert, bool in_range) {
+            if (places) {
+                place_choices(params, shared, choice, expert, in_range);
+            } else if (expert >= 0) {
+                atomicAdd(&shared.counts[expert], 1);
+            }
         });
         transpose_ranks(params, shared);
+        if (places) {
+            if (params.token_ranks != nullptr && group.begin + lane_idx() < group.end) {
+                params.token_ranks[group.begin + lane_idx()] = static_cast<uint32_t>(shared.token_ranks[lane_idx()]);
+            }
+            place_tokens(launch, shared, group);
+        }
         advance_rank_counts(params, shared);
     }
 }
 
+__device__ inline void write_total(const PlanParams& params, int column, int32_t total) {
+    if (column < params.num_experts) {
+        params.choices_per_expert[column] = total;
+    } else {
+        params.tokens_per_rank[column - params.num_experts] = total;
+    }
+}
+
 // Replaces the counts of each warp of this block by the sum over the warps of the block before it, and tells the sums
-// of the whole block. Called by whole blocks.
+// of the whole block; those of the only block are the totals. Called by whole blocks.
 __device__ inline void sum_warps(const PlanLaunch& launch, void* memory) {
     const int num_columns = launch.params.num_experts + launch.params.num_ranks;
     int32_t* own = launch.sums + static_cast<int64_t>(blockIdx.x) * num_columns;
     __syncthreads();
+#pragma unroll 1
     for (int column = static_cast<int>(threadIdx.x); column < num_columns; column += static_cast<int>(blockDim.x)) {
         int32_t sum = 0;
+#pragma unroll 4
         for (int warp = 0; warp < launch.num_warps; ++warp) {
             int32_t& count = shared_of(launch, memory, warp).counts[column];
             const int32_t before = sum;
             sum += count;
             count = before;
         }
-        own[column] = sum;
+        if (launch.num_blocks > 1) {
+            own[column] = sum;
+        } else {
+            write_total(launch.params, column, sum);
+        }
     }
 }
 
 // Adds the sums of the blocks before, which must have told them. With `totals`, all blocks have, and their sums are
 // written. Called by whole blocks.
 __device__ inline void add_blocks(const PlanLaunch& launch, void* memory, bool totals) {
+    __syncthreads();
+    if (launch.num_blocks == 1) return;
     const PlanParams& params = launch.params;
     const int num_columns = params.num_experts + params.num_ranks, block = static_cast<int>(blockIdx.x);
     const int num_blocks = totals ? launch.num_blocks : block;
+#pragma unroll 1
     for (int column = static_cast<int>(threadIdx.x); column < num_columns; column += static_cast<int>(blockDim.x)) {
         int32_t before = 0, total = 0;
 #pragma unroll 8
@@ -206,32 +246,11 @@ __device__ inline void add_blocks(const PlanLaunch& launch, void* memory, bool t
             total += sum;
             before += other < block ? sum : 0;
         }
+#pragma unroll 4
         for (int warp = 0; warp < launch.num_warps; ++warp) shared_of(launch, memory, warp).counts[column] += before;
-        if (!totals) continue;
-        if (column < params.num_experts) {
-            params.choices_per_expert[column] = total;
-        } else {
-            params.tokens_per_rank[column - params.num_experts] = total;
-        }
+        if (totals) write_total(params, column, total);
     }
     __syncthreads();
-}
-
-template <class Index>
-__device__ inline void place_chunk(const PlanLaunch& launch, const PlanShared& shared, TokenRange chunk) {
-    const PlanParams& params = launch.params;
-    for (int64_t token = chunk.begin; token < chunk.end; token += kWarpSize) {
-        const TokenRange group{token, min(token + kWarpSize, chunk.end)};
-        walk_choices<Index>(launch, shared, group, [&](int64_t choice, int expert, bool in_range) {
-            place_choices(params, shared, choice, expert, in_range);
-        });
-        transpose_ranks(params, shared);
-        if (params.token_ranks != nullptr && group.begin + lane_idx() < group.end) {
-            params.token_ranks[group.begin + lane_idx()] = static_cast<uint32_t>(shared.token_ranks[lane_idx()]);
-        }
-        place_tokens(params, shared, group);
-        advance_rank_counts(params, shared);
-    }
 }
 
 }  // namespace moe_ep::planning
