@@ -134,17 +134,22 @@ uint64_t Channel::epoch() const {
     return state.epoch;
 }
 
+void Channel::write(void* to, const void* from, size_t num_bytes) {
+    cudaStream_t stream = nullptr;
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    // NOTE: a plain cudaMemcpy of so few bytes may return before they have arrived, and streams that do not block are
+    // not ordered behind it.
+    const cudaError_t copied = cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyHostToDevice, stream);
+    const cudaError_t arrived = cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+    check_cuda(copied, "cudaMemcpyAsync");
+    check_cuda(arrived, "cudaStreamSynchronize");
+}
+
 void Channel::abandon() {
     check_cuda(cudaSetDevice(device_), "cudaSetDevice");
     const uint32_t failed = 1;
-    cudaStream_t stream = nullptr;
-    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-    const cudaError_t copied =
-        cudaMemcpyAsync(&link_.state->failed, &failed, sizeof(failed), cudaMemcpyHostToDevice, stream);
-    const cudaError_t done = cudaStreamSynchronize(stream);
-    cudaStreamDestroy(stream);
-    check_cuda(copied, "cudaMemcpyAsync(failed)");
-    check_cuda(done, "cudaStreamSynchronize");
+    write(&link_.state->failed, &failed, sizeof(failed));
 }
 
 void Channel::reset(uint64_t epoch) {
@@ -152,7 +157,7 @@ void Channel::reset(uint64_t epoch) {
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     LinkState state{};
     state.epoch = epoch;
-    check_cuda(cudaMemcpy(link_.state, &state, sizeof(state), cudaMemcpyHostToDevice), "cudaMemcpy(LinkState)");
+    write(link_.state, &state, sizeof(state));
     const int64_t overflowed = read_word(link_.status->overflowed);
     std::memset(link_.status, 0, sizeof(StatusWords));
     link_.status->overflowed = epoch == 0 ? 0 : overflowed;

@@ -49,6 +49,9 @@ public:
     void set_timeout_s(double seconds);
 
 private:
+    // Writes device memory; kernels that are launched afterwards, on any stream, see it.
+    static void write(void* to, const void* from, size_t num_bytes);
+
     // Dispatches whose sizes nobody has asked for yet.
     static constexpr int64_t kNumSizeSlots = 128;
 
