@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from moe_ep.backends.cuda_exchange import CudaBackend
+from moe_ep.backends.cuda_link import CudaLink
 from moe_ep.backends.cuda_retired import RetiredArenas
+from moe_ep.errors import PeerTimeoutError
 
 
 class Rings:
@@ -158,6 +160,45 @@ def test_retired_arenas_are_watched() -> None:
     channels[0].problem = {"kind": 1}
     assert not retired.is_quiet()
     assert retired.trouble() == {"kind": 1}
+
+
+def test_a_link_without_an_arena_of_its_own_watches_retired_ones() -> None:
+    link = object.__new__(CudaLink)
+    link.arena = link.channel = link._broken = None
+    link.control = types.SimpleNamespace(rank=0, timeout_s=5.0)  # type: ignore[assignment]
+    link._retired, channels, _ = make_retired(1)
+    assert link.memory_bytes == 100
+    assert link.is_quiet()
+    channels[0].overflows = 1
+    assert link.new_overflow() == (1, 12, 8)
+    channels[0].problem = {"kind": 1, "peer": 1, "phase": 0, "expected": 3, "seen": 1}
+    with pytest.raises(PeerTimeoutError, match="waited 5 s for rank 1 to open exchange 3"):
+        link.check()
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_a_reset_goes_on_from_the_largest_number_of_each_channel(has_own: bool) -> None:
+    link = object.__new__(CudaLink)
+    # Another rank has opened two exchanges more through the channel in use, and one less through a retired one.
+    others = torch.tensor([-1, 0, *([2] if has_own else [])])
+    opened: list[torch.Tensor] = []
+
+    def talk(call: object, words: torch.Tensor | None = None) -> torch.Tensor:
+        if words is None:
+            return torch.empty(2, 0)
+        opened.append(words)
+        return torch.stack([words, words + others])
+
+    link.control = types.SimpleNamespace(open=talk)  # type: ignore[assignment]
+    link.channel, link._broken, link._flights, link._unplaced = Channel() if has_own else None, None, [], []
+    link._retired, channels, _ = make_retired(2)
+    channels[0].number, channels[1].number = 5, 7
+    if has_own:
+        link.channel.number = 11
+    link.reset()
+    assert [channel.number for channel in channels] == [6, 8]
+    assert [words.tolist() for words in opened] == [[5, 7, *([11] if has_own else [])]]
+    assert not has_own or link.channel.number == 14
 
 
 def test_retired_arenas_are_reset_and_released() -> None:

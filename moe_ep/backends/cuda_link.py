@@ -210,7 +210,7 @@ class CudaLink:
     @property
     def memory_bytes(self) -> int:
         """Bytes of the arena, and of earlier ones that CUDA graphs use."""
-        return 0 if self.arena is None else int(self.arena.num_bytes) + self._retired.num_bytes
+        return self._retired.num_bytes + (0 if self.arena is None else int(self.arena.num_bytes))
 
     def local_memory(self) -> tuple[Any, int, int] | None:
         """Arena, and offset and size of its rings; None once it is released, and no arena before it is reserved."""
@@ -263,11 +263,13 @@ class CudaLink:
 
     def reset(self) -> None:
         """Go on after a failure. Collective, after the control plane's own reset."""
-        if self.channel is not None:
-            epochs = torch.tensor([self.channel.epoch(), *self._retired.epochs()], device="cpu")
-            first, *others = (self.control.open(Call("reserve"), epochs).amax(0) + 1).tolist()
-            self.channel.reset(first)
-            self._retired.reset(others)
+        if self.channel is not None or self._retired:
+            own = [] if self.channel is None else [self.channel.epoch()]
+            epochs = torch.tensor([*self._retired.epochs(), *own], device="cpu")
+            numbers = (self.control.open(Call("reserve"), epochs).amax(0) + 1).tolist()
+            if own:
+                self.channel.reset(numbers.pop())
+            self._retired.reset(numbers)
             # Nobody opens an exchange before all ranks have left the failed one.
             self.control.open(Call("reserve"))
         self._broken = None
@@ -454,7 +456,7 @@ class CudaLink:
     def new_overflow(self) -> tuple[int, int, int] | None:
         """(rank, needed, given) of a capacity that did not hold since the last call. Waits for nothing."""
         if self.channel is None:
-            return None
+            return self._retired.new_overflow()
         times, rank, needed, given = self.channel.overflow()
         if times == self._overflows:
             return self._retired.new_overflow()
@@ -473,7 +475,7 @@ class CudaLink:
             return
         if self._broken is not None:
             raise MoeEpError(f"this Buffer cannot be used after: {self._broken}; call reset() on all ranks first")
-        trouble = None if self.channel is None else self.channel.trouble() or self._retired.trouble()
+        trouble = (None if self.channel is None else self.channel.trouble()) or self._retired.trouble()
         if trouble is not None:
             self._fail(error_of(trouble, self.control))
 
