@@ -322,8 +322,8 @@ class CudaExchanger(Exchanger):
     def fake_plan(self, topk_idx: Tensor, size: Callable[[], Any]) -> list[Tensor]:
         """What a tracer sees of a dispatch's plan; ``size()`` gives a size that only the exchange will know."""
         spec, num_tokens, most = self.spec, topk_idx.shape[0], self.spec.max_tokens_per_rank
-        known = isinstance(num_tokens, int)
-        source = source_words(num_tokens, spec.top_k, spec.num_experts, spec.num_ranks) if known else size()
+        # NOTE: a symbol may turn out to be a number later, so what is asked for here must not depend on which it is.
+        source = source_words(num_tokens, spec.top_k, spec.num_experts, spec.num_ranks)
         if most is None or (spec.layout != "slab" and spec.capacity is None):
             return CudaPlan.fake_tensors(topk_idx, source, size())
         received = received_words(most, static_sizes(spec, most)[1], spec.num_ranks, spec.top_k)

@@ -292,8 +292,8 @@ class CudaPlan:
 
         Args:
             topk_idx: fake int64 [T, K].
-            source_words: of ``source``, or a size that only the exchange will know.
-            received_words: of ``received``, or such a size.
+            source_words: of ``source``.
+            received_words: of ``received``, or a size that only the exchange will know.
         """
         source = topk_idx.new_empty(source_words, dtype=torch.int32)
         sizes = torch.empty(len(_CUDA_SCALARS), dtype=torch.int64, device="cpu")

@@ -1,6 +1,6 @@
 """The operators of moe_ep:: under torch.compile, and what torch demands of operators."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -55,13 +55,14 @@ def run_steps(
     compiler: str,
     adapt: Callable[[moe_ep.TokenDispatcher], object] = lambda dispatcher: None,
     device: str = "cpu",
+    steps: Sequence[tuple[int, ...]] | None = None,
     **settings: object,
 ) -> int:
     """Forward and backward with changing token counts; returns how often something was compiled."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
     run = dispatcher = None
-    for seed, tokens in enumerate(STEPS[num_ranks]):
+    for seed, tokens in enumerate(steps or STEPS[num_ranks]):
         case = make_case(num_ranks, tokens=tokens, seed=seed, **COMPILED[mode])
         if run is None:
             dispatcher = case.dispatcher(group, timeout_s=90, **settings)

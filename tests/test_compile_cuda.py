@@ -97,6 +97,12 @@ def test_inductor(mode: str) -> None:
     assert run_steps(0, None, 1, mode, "inductor", StandIn) <= 3
 
 
+@pytest.mark.parametrize("mode", ["expanded", "per expert"])
+def test_inductor_where_as_many_tokens_as_choices_share_a_symbol(mode: str) -> None:
+    # The number of choices is known, so the symbol turns out to be 3 after the dispatch has been traced.
+    assert run_steps(0, None, 1, mode, "inductor", StandIn, steps=[(3,), (7,)]) <= 3
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("mode", ["expanded", "compact", "per expert", "compact rows"])
 def test_operators_pass_opcheck(mode: str, name: str) -> None:

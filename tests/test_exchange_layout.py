@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from moe_ep.backends.cuda_counting import source_words
+
 _C = pytest.importorskip("moe_ep._C", reason="moe_ep._C is not built")
 
 REGION = _C.REGION_ALIGNMENT
@@ -96,7 +98,15 @@ def test_table_refuses_other_sizes(num_ranks: int, num_experts: int) -> None:
         _C.table_layout(num_ranks=num_ranks, num_experts=num_experts)
 
 
-PLAN_SIZES = [(0, 2, 8, 2, False), (5, 3, 12, 3, False), (4096, 8, 256, 4, False), (7, 0, 8, 4, True)]
+PLAN_SIZES = [
+    (0, 2, 8, 2, False),
+    (5, 3, 12, 3, False),
+    (129, 1, 64, 1, False),
+    (4096, 8, 256, 4, False),
+    (65536, 64, 4096, 16, False),
+    (7, 0, 8, 4, True),
+    (4097, 0, 256, 8, True),
+]
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k", "num_experts", "num_ranks", "by_mask"), PLAN_SIZES)
@@ -126,7 +136,19 @@ def test_plan_of_a_source_has_room_for_every_part(
         assert layout[name] % 16 == 0
         assert end <= layout[name] < end + 16
         end = layout[name] + size
-    assert end <= layout["num_bytes"] == 4 * _C.source_plan_words(*dims)
+    assert end <= layout["num_bytes"]
+
+
+@pytest.mark.parametrize("by_mask", [False, True])
+@pytest.mark.parametrize(("top_k", "num_experts", "num_ranks"), [(1, 1, 1), (3, 8, 2), (8, 256, 4), (64, 4096, 16)])
+def test_room_for_the_plan_of_a_source_holds_any_number_of_tokens(
+    top_k: int, num_experts: int, num_ranks: int, by_mask: bool
+) -> None:
+    for num_tokens in [*range(70), 127, 128, 129, 500, 1023, 1024, 4095, 4096, 8191, 20000, 65535, 65536]:
+        dims = (num_tokens, top_k, num_experts, num_ranks, by_mask)
+        needed, given = _C.source_plan_layout(*dims)["num_bytes"], 4 * source_words(*dims)
+        # No more than a third is for nothing, besides what a block of counts and the beginnings of parts take.
+        assert needed <= given <= needed * 4 / 3 + 4 * (num_ranks + max(num_experts, num_ranks)) + 300
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ PlanParams plan_dims(int64_t num_tokens, int top_k, int num_experts, int num_ran
             .num_ranks = num_ranks};
 }
 
-int64_t source_plan_words(int64_t num_tokens, int top_k, int num_experts, int num_ranks, bool by_mask) {
-    const PlanParams dims = plan_dims(num_tokens, top_k, num_experts, num_ranks, by_mask);
-    return SourcePlan(nullptr, dims, num_experts).num_bytes / static_cast<int64_t>(sizeof(int32_t));
+py::tuple source_plan_room(int top_k, int num_experts, int num_ranks, bool by_mask) {
+    const SourcePlanRoom room(plan_dims(0, top_k, num_experts, num_ranks, by_mask), num_experts);
+    return py::make_tuple(room.fixed_words, room.token_bytes, room.block_words, room.block_tokens, room.max_blocks);
 }
 
 py::dict source_plan_layout(int64_t num_tokens, int top_k, int num_experts, int num_ranks, bool by_mask) {
@@ -116,7 +116,7 @@ void register_dispatch(py::module_& module) {
 Calls that launch take the channel, a header, and streams. All but wait_sizes only enqueue work, behind what the stream
 current has been given so far; place behind send. With beside, what current is given next waits until the exchange has its
 SMs, and runs beside it. Without told, their end is not told by an event: they return None. Memory is the caller's and
-outlives the launches: topk_idx [T, K]; source, a block of source_plan_words; told_choices int32 [E] or 0 for those
+outlives the launches: topk_idx [T, K]; source, a block as source_plan_room says; told_choices int32 [E] or 0 for those
 of topk_idx; told_tokens and told_ends int32 [e]; told_overflow one byte.)")
         .def(py::init([](const CountSettings& settings, int64_t num_tokens, uintptr_t topk_idx, uintptr_t source,
                          uintptr_t told_choices, uintptr_t told_tokens, uintptr_t told_ends, uintptr_t told_overflow) {
@@ -217,8 +217,8 @@ void register_replays(py::module_& module) {
 }  // namespace
 
 void register_exchange_calls(py::module_& module) {
-    module.def("source_plan_words", &source_plan_words, py::arg("num_tokens"), py::arg("top_k"), py::arg("num_experts"),
-               py::arg("num_ranks"), py::arg("by_mask"), "Int32 words of the source's half of a plan.");
+    module.def("source_plan_room", &source_plan_room, py::arg("top_k"), py::arg("num_experts"), py::arg("num_ranks"),
+               py::arg("by_mask"), "Int32 words of the source's half of a plan, as the terms of SourcePlanRoom.");
     module.def("source_plan_layout", &source_plan_layout, py::arg("num_tokens"), py::arg("top_k"),
                py::arg("num_experts"), py::arg("num_ranks"), py::arg("by_mask"), "Offsets of its parts, in bytes.");
     module.def("received_plan_words", &received_plan_words, py::arg("num_ranks"), py::arg("max_chunks"),

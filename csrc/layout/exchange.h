@@ -143,6 +143,29 @@ struct SourcePlan {
     }
 };
 
+// Room for the source's half, whatever the number of tokens T, as a formula that also tracers of Python can follow, to
+// whom T is a symbol: fixed_words + ceil(token_bytes * T / 4) + block_words * min(max_blocks, 1 + T / block_tokens).
+struct SourcePlanRoom {
+    int64_t fixed_words;
+    int64_t token_bytes;
+    int64_t block_words;
+    int64_t block_tokens;
+    int64_t max_blocks;
+
+    // `dims` as those of SourcePlan; their number of tokens counts for nothing.
+    SourcePlanRoom(PlanParams dims, int num_experts) {
+        constexpr int64_t kWord = sizeof(int32_t), kParts = 8;
+        const PlanGrid grid(dims);
+        dims.num_tokens = 0;
+        // Where T is not a multiple, every part is moved on by less than the alignment.
+        fixed_words = (SourcePlan(nullptr, dims, num_experts).num_bytes + kParts * kPlanAlignment) / kWord;
+        token_bytes = kWord * (1 + dims.num_ranks + dims.top_k) + dims.num_ranks;
+        block_words = dims.num_experts + dims.num_ranks;
+        block_tokens = grid.min_block_tokens();
+        max_blocks = grid.max_blocks;
+    }
+};
+
 // The destination's half.
 struct ReceivedPlan {
     int32_t* groups;     // [R][max_chunks][2]

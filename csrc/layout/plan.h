@@ -57,6 +57,7 @@ struct PlanShared {
 struct PlanGrid {
     int num_warps;  // per block
     int num_blocks;
+    int64_t max_blocks;  // of any number of tokens
     int64_t chunk_tokens;
 
     static constexpr int kMaxWarps = 16;
@@ -69,7 +70,7 @@ struct PlanGrid {
         const int64_t warp_bytes = PlanShared(nullptr, params).num_bytes;
         num_warps = kMaxWarps;
         while (num_warps > 1 && num_warps * warp_bytes > kMaxSharedBytes) num_warps /= 2;
-        int64_t max_blocks = kMaxSums / (params.num_experts + params.num_ranks);
+        max_blocks = kMaxSums / (params.num_experts + params.num_ranks);
         max_blocks = max_blocks < kMinBlocks ? kMinBlocks : max_blocks > kMaxBlocks ? kMaxBlocks : max_blocks;
         // Chunks of fewer tokens take less time, as long as there are not many blocks to add up.
         int64_t group_tokens = kMinTokens;
@@ -84,6 +85,8 @@ struct PlanGrid {
         const int64_t chunks = (groups + chunk_groups - 1) / chunk_groups;
         num_blocks = chunks <= num_warps ? 1 : static_cast<int>((chunks + num_warps - 1) / num_warps);
     }
+    // There is no more than one block, up to max_blocks, for every so many tokens, and one.
+    MOE_EP_HOST_DEVICE int64_t min_block_tokens() const { return kMinTokens * num_warps; }
 };
 
 // Device memory of the kernel: what each block counts.

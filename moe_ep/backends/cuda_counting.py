@@ -180,10 +180,17 @@ def _settings_of(spec: ExchangeSpec, index_bytes: int, by_mask: bool) -> Any:  #
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def source_words(num_tokens: int, top_k: int, num_experts: int, num_ranks: int, by_mask: bool = False) -> int:
-    """Int32 words of the source's half of a plan."""
-    return int(load_extension().source_plan_words(num_tokens, top_k, num_experts, num_ranks, by_mask))
+def source_words(num_tokens: Any, top_k: int, num_experts: int, num_ranks: int, by_mask: bool = False) -> Any:
+    """Int32 words of the source's half of a plan; ``num_tokens`` may be a symbol of a tracer, and so is the result then."""
+    fixed, token_bytes, block_words, block_tokens, max_blocks = _source_room(top_k, num_experts, num_ranks, by_mask)
+    blocks, known = 1 + num_tokens // block_tokens, isinstance(num_tokens, int)
+    blocks = min(blocks, max_blocks) if known else torch.sym_min(blocks, max_blocks)
+    return fixed + (num_tokens * token_bytes + WORD_BYTES - 1) // WORD_BYTES + blocks * block_words
+
+
+@functools.lru_cache(maxsize=256)
+def _source_room(top_k: int, num_experts: int, num_ranks: int, by_mask: bool) -> tuple[int, int, int, int, int]:
+    return load_extension().source_plan_room(top_k, num_experts, num_ranks, by_mask)
 
 
 @functools.lru_cache(maxsize=1024)
