@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moe_ep.integrations.fsdp import apply_ep, clip_grad_norm_, dense_mesh, wrap_ddp
+from moe_ep.integrations.fsdp import apply_ep, clip_grad_norm_, dense_mesh, parameter_groups, wrap_ddp
 from moe_ep.layers import MoELayer
 
 VOCABULARY, LENGTH, WORD, SEQUENCES, HIDDEN = 32, 48, 6, 16, 64
@@ -123,7 +123,7 @@ def main() -> None:
     torch.manual_seed(0)
     ep = args.ep or dist.get_world_size()
     model = wrap(LanguageModel(args.experts, args.backend).to(device), args.wrapper, device, ep)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=3e-3)
     if args.load:
         states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         dcp.load(states, checkpoint_id=args.load)

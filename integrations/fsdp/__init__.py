@@ -9,7 +9,8 @@ Experts become DTensors of all experts, ``Shard(0)`` over the mesh dimension ``e
 
 from moe_ep.integrations.fsdp.clip import clip_grad_norm_
 from moe_ep.integrations.fsdp.ddp import wrap_ddp
+from moe_ep.integrations.fsdp.groups import parameter_groups
 from moe_ep.integrations.fsdp.mesh import dense_mesh
 from moe_ep.integrations.fsdp.shard import apply_ep
 
-__all__ = ["apply_ep", "clip_grad_norm_", "dense_mesh", "wrap_ddp"]
+__all__ = ["apply_ep", "clip_grad_norm_", "dense_mesh", "parameter_groups", "wrap_ddp"]

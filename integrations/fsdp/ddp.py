@@ -28,7 +28,7 @@ def wrap_ddp(model: nn.Module, mesh: DeviceMesh, **ddp_options: Any) -> Distribu
         **ddp_options: of DistributedDataParallel, without ``process_group``.
 
     Returns:
-        The wrapped model. Optimizers that were told ``foreach=True`` need experts in a parameter group of their own.
+        The wrapped model. Optimizers take :func:`parameter_groups` of it.
 
     Raises:
         ValueError: as :func:`apply_ep`; or a mesh that shards experts, or ``process_group`` among the options.

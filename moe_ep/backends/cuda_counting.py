@@ -181,7 +181,7 @@ def _settings_of(spec: ExchangeSpec, index_bytes: int, by_mask: bool) -> Any:  #
 
 
 def source_words(num_tokens: Any, top_k: int, num_experts: int, num_ranks: int, by_mask: bool = False) -> Any:
-    """Int32 words of the source's half of a plan; ``num_tokens`` may be a symbol of a tracer, and so is the result then."""
+    """Int32 words of the source's half of a plan; ``num_tokens``, and then these, may be a symbol of a tracer."""
     fixed, token_bytes, block_words, block_tokens, max_blocks = _source_room(top_k, num_experts, num_ranks, by_mask)
     blocks, known = 1 + num_tokens // block_tokens, isinstance(num_tokens, int)
     blocks = min(blocks, max_blocks) if known else torch.sym_min(blocks, max_blocks)

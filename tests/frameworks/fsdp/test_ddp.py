@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from moe_ep.integrations.fsdp import clip_grad_norm_, wrap_ddp
 from moe_ep.testing import RankContext
@@ -42,29 +41,6 @@ def accumulate(ctx: RankContext, mesh: tuple) -> None:
 @pytest.mark.parametrize("mesh", MESHES[:2], ids=str)
 def test_gradients_accumulate(ranks: Ranks, mesh: tuple) -> None:
     ranks(4, accumulate, mesh)
-
-
-def train_by_foreach(ctx: RankContext) -> None:
-    """Whole lists of tensors at once, experts in a group of their own: as one tensor after another."""
-    one, other = make(MESHES[0]), make(MESHES[0])
-    groups: tuple[list, list] = ([], [])
-    for parameter in other.parameters():
-        groups[isinstance(parameter, DTensor)].append(parameter)
-    optimizers = (
-        torch.optim.AdamW(one.parameters(), lr=1e-2, foreach=False),
-        torch.optim.AdamW([{"params": group} for group in groups], lr=1e-2, foreach=True),
-    )
-    for step in range(2):
-        for model, optimizer in zip((one, other), optimizers, strict=True):
-            optimizer.zero_grad()
-            loss_of(model(batch(ctx.rank, step))).backward()
-            optimizer.step()
-    for ours, theirs in zip(other.parameters(), one.parameters(), strict=True):
-        torch.testing.assert_close(whole(ours.detach()), whole(theirs.detach()), **EXACT)
-
-
-def test_optimizers_that_take_lists_want_experts_apart(ranks: Ranks) -> None:
-    ranks(4, train_by_foreach)
 
 
 def first_values_hold(ctx: RankContext) -> None:
