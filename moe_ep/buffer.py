@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_ep.backends.control import Call, ControlPlane
 from moe_ep.backends.cuda import load_extension, require_cuda, why_not_by_itself, why_not_cuda
-from moe_ep.backends.cuda_exchange import CudaBackend, most_meta_words
+from moe_ep.backends.cuda_exchange import CudaBackend
+from moe_ep.backends.cuda_reserving import most_meta_words
 from moe_ep.backends.runtime import TorchRuntime
 from moe_ep.backends.torch import TorchBackend
 from moe_ep.backends.worker import CommunicationThread, release, run_in_mode, run_without_grad

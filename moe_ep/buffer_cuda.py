@@ -14,9 +14,10 @@ from torch import Tensor
 
 from moe_ep.backends.control import Call
 from moe_ep.backends.cuda_counting import TokenPlan
-from moe_ep.backends.cuda_exchange import CudaBackend, most_meta_words
+from moe_ep.backends.cuda_exchange import CudaBackend
 from moe_ep.backends.cuda_jobs import Launch
 from moe_ep.backends.cuda_plan import table_part
+from moe_ep.backends.cuda_reserving import most_meta_words
 from moe_ep.backends.types import Dispatch
 from moe_ep.buffer_checks import Request, Rows, align_counts, overflow_error
 from moe_ep.config import FP8_DTYPE, ROW_DTYPES

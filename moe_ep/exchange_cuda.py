@@ -14,10 +14,11 @@ from torch import Tensor
 
 from moe_ep.backends.control import Call
 from moe_ep.backends.cuda_counting import WORD_BYTES, Counts, source_words
-from moe_ep.backends.cuda_exchange import CudaBackend, static_sizes
+from moe_ep.backends.cuda_exchange import CudaBackend
 from moe_ep.backends.cuda_jobs import CudaJob
 from moe_ep.backends.cuda_link import CudaLink
 from moe_ep.backends.cuda_outputs import received_words
+from moe_ep.backends.cuda_reserving import static_sizes
 from moe_ep.backends.lease import LentJob
 from moe_ep.backends.types import Dispatch
 from moe_ep.buffer import Buffer

@@ -15,8 +15,8 @@ from torch.library import opcheck
 
 import moe_ep
 from moe_ep.backends.cuda_counting import Counts, source_words
-from moe_ep.backends.cuda_exchange import static_sizes
 from moe_ep.backends.cuda_outputs import Outputs
+from moe_ep.backends.cuda_reserving import static_sizes
 from moe_ep.backends.types import Dispatch
 from moe_ep.events import Job
 from moe_ep.exchange_cuda import CudaExchanger
