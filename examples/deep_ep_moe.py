@@ -8,7 +8,9 @@ combine, that of a combine a dispatch. Tokens are spread unevenly, and losses ar
 """
 
 import argparse
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--backend", choices=("auto", "torch", "cuda"), default="auto", help="of the exchanges")
+    parser.add_argument("--json", type=Path, help="file to write the loss of every step to")
     args = parser.parse_args()
 
     on_gpus = torch.cuda.is_available()
@@ -105,12 +108,14 @@ def main() -> None:
     dist.init_process_group("nccl" if on_gpus else "gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    model = MoE(Buffer(dist.group.WORLD, backend=args.backend)).to(device)
+    buffer = Buffer(dist.group.WORLD, backend=args.backend)
+    model = MoE(buffer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     shared = [p for name, p in model.named_parameters() if not name.startswith("experts")]
 
     torch.manual_seed(1)
-    for step in range(args.steps):
+    losses = []
+    for _ in range(args.steps):
         tokens = torch.rand(NUM_TOKENS, 16).tensor_split(num_ranks)[rank]
         loss = model(tokens.to(device)) / (NUM_TOKENS * 16)
         loss.backward()
@@ -119,11 +124,15 @@ def main() -> None:
             dist.all_reduce(parameter.grad)
         optimizer.step()
         optimizer.zero_grad()
-        if step in (0, args.steps - 1):
-            told = loss.detach().clone()
-            dist.all_reduce(told)
-            if rank == 0:
-                print(f"step {step}: loss {told.item():.6f}", flush=True)  # noqa: T201
+        losses.append(loss.detach())
+    told = torch.stack(losses)
+    dist.all_reduce(told)
+    if rank == 0:
+        for step in (0, args.steps - 1):
+            print(f"step {step}: loss {told[step].item():.6f}", flush=True)  # noqa: T201
+        if args.json:
+            backends = [buffer.backend_name]
+            args.json.write_text(json.dumps({"losses": told.tolist(), "device": device.type, "backends": backends}))
     dist.destroy_process_group()
 
 

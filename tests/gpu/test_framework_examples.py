@@ -1,4 +1,4 @@
-"""The examples of transformers, Megatron-Core and FSDP2 over the CUDA backend give the losses of their CPU runs.
+"""The examples of transformers, Megatron-Core, deep_ep, FSDP2 and DDP over the CUDA backend: losses of CPU runs.
 
 Both runs start from the same fp32 weights, drawn on the CPU, and read the same texts; TF32 is off. What is left is the
 order of sums:
@@ -53,6 +53,7 @@ EXAMPLES = {
         cpu_options=("--device", "cpu"),
         cpu_runner="tests.frameworks.megatron.run_on_cpu",
     ),
+    "deep_ep": Example("deep_ep_moe.py"),
     "fsdp2": Example("fsdp_train.py"),
     "ddp": Example("fsdp_train.py", options=("--wrapper", "ddp")),
 }
