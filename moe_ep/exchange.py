@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -388,15 +389,23 @@ def allow_dtype(exchanger_id: int, dtype: torch.dtype) -> None:
 allow_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _LIVE: weakref.WeakValueDictionary[int, Exchanger] = weakref.WeakValueDictionary()
-_next_id = 0
+_num_registered = 0
+# Another one whenever outputs of an operator have other shapes for the same settings.
+_GRAPH_FORMAT = 1
 
 
 def register(exchanger: Exchanger) -> int:
-    """Give an exchanger a number that operators can carry; the table does not keep it alive."""
-    global _next_id
-    _next_id += 1
-    _LIVE[_next_id] = exchanger
-    return _next_id
+    """Give an exchanger a number that operators can carry; the table does not keep it alive.
+
+    The number tells settings apart, too. Inductor keeps compiled graphs on disk by their text, of which it is a part: a
+    later process whose dispatcher has another capacity, say, must not be given a graph made for other shapes.
+    """
+    global _num_registered
+    _num_registered += 1
+    told = f"{_GRAPH_FORMAT} {type(exchanger).__name__} {exchanger.spec.describe()}"
+    number = (zlib.crc32(told.encode()) & 0x7FFFFFFF) << 32 | _num_registered
+    _LIVE[number] = exchanger
+    return number
 
 
 def lookup(exchanger_id: int) -> Exchanger:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_cache
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -225,3 +226,26 @@ def test_gradients_of_weighted_rows_pass_opcheck(shape: tuple[int, ...]) -> None
     got = torch.ops.moe_ep.weigh_grads(grads, rows, weights)
     assert torch.equal(got[0], grads * weights.unsqueeze(-1))
     torch.testing.assert_close(got[1], (grads * rows).sum(-1))
+
+
+def compile_afresh(rows: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """A first dispatcher of a process, compiled; whether it gives what it gives eagerly."""
+    monkeypatch.setattr("moe_ep.exchange._num_registered", 0)
+    torch._dynamo.reset()
+    dispatcher = moe_ep.TokenDispatcher(
+        None, num_experts=4, hidden_size=8, top_k=2, dtype=torch.float32, capacity=Capacity(rows=rows)
+    )
+
+    def layer(x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        routed = dispatcher.dispatch(x, topk_idx, topk_weights)
+        return dispatcher.combine((routed.x * 2).relu(), routed.handle, routed.weights)
+
+    inputs = torch.randn(8, 8), torch.tensor([[0, 1]] * 8), torch.rand(8, 2)
+    with torch.no_grad():
+        return torch.equal(torch.compile(layer, fullgraph=True)(*inputs), layer(*inputs))
+
+
+def test_graphs_on_disk_are_not_taken_for_other_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fresh_cache():
+        assert compile_afresh(64, monkeypatch)
+        assert compile_afresh(96, monkeypatch)
