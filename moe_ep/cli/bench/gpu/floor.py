@@ -80,7 +80,7 @@ class Floor:
 
     def _time(self, push: Call, in_graph: bool) -> Timing:
         if not in_graph:
-            return self._watch.time(push)
+            return self._watch.time(push, ahead=True)
         return self._watch.time(Captured(in_a_row(push, push))).of_each(CALLS_IN_GRAPH)
 
     def _push(self, table: Bytes) -> None:
