@@ -8,9 +8,14 @@
 namespace moe_ep::device {
 
 inline constexpr int kPipeStages = 4;
-inline constexpr int kPipeStageBytes = 7168;
-inline constexpr int kPipeWarps = 7;
-inline constexpr int kPipeBytes = kPipeStages * kPipeStageBytes;
+
+// What a block makes of its shared memory: a warp has a pipe. Long stages keep more of a warp's bytes on their way; of
+// many pipes others go on while one waits for what it has to know of its next rows.
+struct PipeShape {
+    int num_warps;
+    int stage_bytes;
+};
+inline constexpr PipeShape kFewPipes{7, 7168}, kManyPipes{14, 3584};
 
 // Pieces of at most `max_bytes` that rows are cut into on their way through shared memory.
 struct Pieces {
@@ -18,7 +23,7 @@ struct Pieces {
     int num_pieces;
     uint32_t piece_bytes;
 
-    __device__ explicit Pieces(int64_t row_bytes, int max_bytes = kPipeStageBytes) : row_bytes(row_bytes) {
+    __device__ Pieces(int64_t row_bytes, int max_bytes) : row_bytes(row_bytes) {
         constexpr int kAlignment = 16;
         num_pieces = static_cast<int>((row_bytes + max_bytes - 1) / max_bytes);
         const int64_t even = (row_bytes + num_pieces - 1) / num_pieces;
@@ -36,7 +41,8 @@ struct Pieces {
 // Belongs to one warp and is used by one of its threads alone. Made by all of them, so that its state is in registers.
 class BulkPipe {
 public:
-    __device__ BulkPipe(std::byte* stages, uint64_t* barriers) : stages_(stages), barriers_(barriers) {}
+    __device__ BulkPipe(std::byte* stages, uint64_t* barriers, int stage_bytes)
+        : stages_(stages), barriers_(barriers), stage_bytes_(stage_bytes) {}
 
     // Called by the one thread before all else.
     __device__ void init() {
@@ -52,7 +58,7 @@ public:
         // All but the latest store have left their stages; that one's is never taken, since one stage stays free.
         ptx::wait_bulk_reads<1>();
         ptx::barrier_expect_bytes(barriers_ + load_stage_, num_bytes);
-        ptx::bulk_load(stages_ + load_stage_ * kPipeStageBytes, source, num_bytes, barriers_ + load_stage_);
+        ptx::bulk_load(stages_ + load_stage_ * stage_bytes_, source, num_bytes, barriers_ + load_stage_);
         load_stage_ = load_stage_ + 1 == kPipeStages ? 0 : load_stage_ + 1;
         ++num_loading_;
     }
@@ -61,7 +67,7 @@ public:
     __device__ const std::byte* front() const {
         while (!ptx::barrier_passed(barriers_ + store_stage_, parity_)) {
         }
-        return stages_ + store_stage_ * kPipeStageBytes;
+        return stages_ + store_stage_ * stage_bytes_;
     }
 
     // All stores of the oldest piece are issued.
@@ -75,6 +81,7 @@ public:
 private:
     std::byte* stages_;
     uint64_t* barriers_;
+    const int stage_bytes_;
     int load_stage_ = 0, store_stage_ = 0, num_loading_ = 0;
     uint32_t parity_ = 0;
 };

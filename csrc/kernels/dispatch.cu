@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -20,9 +21,11 @@ namespace {
 
 using namespace dispatch;
 
-// Warps that send and place rows, each with shared memory of its own.
-template <bool kBulk>
-constexpr int kRowWarps = kBulk ? device::kPipeWarps : kVectorWarps;
+// Warps that send and place rows at most, each with shared memory of its own. Launches that may lend have few pipes.
+template <bool kBulk, bool kLends>
+constexpr int kMaxRowWarps = !kBulk   ? kVectorWarps
+                             : kLends ? device::kFewPipes.num_warps
+                                      : device::kManyPipes.num_warps;
 
 // Warps without a pipe, for what comes beside compact rows that are where they stay: many groups are on their way, few
 // words of each, and all blocks send.
@@ -30,29 +33,30 @@ template <bool kBulk, bool kLends>
 constexpr int kMetaWarps = kBulk && kLends ? 8 : 0;
 
 template <bool kBulk, bool kLends>
-constexpr int kBlockThreads = kWarpSize * (kRowWarps<kBulk> + kMetaWarps<kBulk, kLends>);
+constexpr int kMaxBlockThreads = kWarpSize * (kMaxRowWarps<kBulk, kLends> + kMetaWarps<kBulk, kLends>);
 
 // Shared memory leaves room for one block of pipes per SM anyway, so that registers need not be saved there.
 template <bool kBulk, class From, bool kLends>
-__global__ void __launch_bounds__(kBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
+__global__ void __launch_bounds__(kMaxBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
     dispatch_rows(const __grid_constant__ DispatchParams params) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     if constexpr (kBulk) return;
 #endif
-    constexpr int kWarps = kRowWarps<kBulk>;
+    const int num_warps = kBulk ? params.num_pipes : kVectorWarps;
     extern __shared__ uint4 memory[];
     uint64_t epoch;
     if (device::has_failed(params.link) || !device::join_exchange(params.link, params.opening, epoch)) return;
     if (device::has_fault(params.link, Fault::kEarlyExit) && params.rows.num_tokens == 0) return;
     const int warp = threadIdx.x / kWarpSize, block = static_cast<int>(blockIdx.x);
-    const int64_t warp_bytes = WarpShared(nullptr, kBulk, params.rows.top_k).num_bytes;
-    const WarpShared shared(reinterpret_cast<std::byte*>(memory) + warp * warp_bytes, kBulk, params.rows.top_k);
+    const int stage_bytes = kBulk ? params.stage_bytes : 0;
+    const int64_t warp_bytes = WarpShared(nullptr, stage_bytes, params.rows.top_k).num_bytes;
+    const WarpShared shared(reinterpret_cast<std::byte*>(memory) + warp * warp_bytes, stage_bytes, params.rows.top_k);
     const bool sends = block < params.num_senders;
     const int role_block = sends ? block : block - params.num_senders;
     const int role_blocks = sends ? params.num_senders : params.num_placers;
     // Neighbouring chunks go to different SMs.
     const Worker worker{role_block + static_cast<int64_t>(warp) * role_blocks,
-                        static_cast<int64_t>(role_blocks) * kWarps};
+                        static_cast<int64_t>(role_blocks) * num_warps};
     const int64_t out_row_bytes =
         params.rows.row_bytes * (std::is_same_v<From, NoCast> ? 1 : static_cast<int64_t>(sizeof(From)));
     const PlanTable table(params.rows.table, params.link.num_ranks, params.rows.num_experts);
@@ -60,7 +64,7 @@ __global__ void __launch_bounds__(kBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
     const bool places = params.laps != Laps::kFirst;
     const bool places_meta = places && route.is_direct() && params.layout == Layout::kCompact;
     if constexpr (kMetaWarps<kBulk, kLends> > 0) {
-        if (warp >= kWarps) {
+        if (warp >= num_warps) {
             if (places_meta && *table.overflow == 0) place_meta(params, route, epoch);
             return;
         }
@@ -73,7 +77,7 @@ __global__ void __launch_bounds__(kBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
     }
     if constexpr (kBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-        device::BulkPipe pipe(shared.stages, shared.barriers);
+        device::BulkPipe pipe(shared.stages, shared.barriers, stage_bytes);
         if (threadIdx.x % kWarpSize == 0) pipe.init();
         __syncwarp();
         if (sends) send_rows_bulk(params, route, epoch, shared, pipe, worker);
@@ -99,18 +103,39 @@ __global__ void __launch_bounds__(kBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
     }
 }
 
+// Short rows wait for what has to be known of them more often, which counts where there are many.
+constexpr int64_t kManyPipesRowBytes = 7168, kManyPipesTokens = 1024;
+
+device::PipeShape pipes_for(const DispatchParams& params) {
+    const bool many = params.rows.row_bytes <= kManyPipesRowBytes && params.rows.num_tokens >= kManyPipesTokens;
+    return many && params.lends == 0 ? device::kManyPipes : device::kFewPipes;
+}
+
 template <bool kBulk, class From, bool kLends>
-void launch(const DispatchParams& params, void* started, cudaStream_t stream) {
-    const int64_t shared_bytes = kRowWarps<kBulk> * WarpShared(nullptr, kBulk, params.rows.top_k).num_bytes;
+void launch(DispatchParams params, void* started, cudaStream_t stream) {
+    if constexpr (kBulk) {
+        const device::PipeShape shape = pipes_for(params);
+        params.num_pipes = shape.num_warps;
+        params.stage_bytes = shape.stage_bytes;
+    }
+    const int num_warps = kBulk ? params.num_pipes : kVectorWarps;
+    const int64_t warp_bytes = WarpShared(nullptr, kBulk ? params.stage_bytes : 0, params.rows.top_k).num_bytes;
     const int num_blocks = params.num_senders + params.num_placers;
-    launch_telling_start("dispatch_rows", dispatch_rows<kBulk, From, kLends>, num_blocks, kBlockThreads<kBulk, kLends>,
-                         shared_bytes, started, stream, params);
+    launch_telling_start("dispatch_rows", dispatch_rows<kBulk, From, kLends>, num_blocks,
+                         kWarpSize * (num_warps + kMetaWarps<kBulk, kLends>), num_warps * warp_bytes, started, stream,
+                         params);
 }
 
 // Loads a kernel and allows it the shared memory of the largest K.
 template <bool kBulk, class From, bool kLends = false>
 void prepare() {
-    const int64_t shared_bytes = kRowWarps<kBulk> * WarpShared(nullptr, kBulk, kMaxTopK).num_bytes;
+    const auto bytes_of = [](int num_warps, int stage_bytes) {
+        return num_warps * WarpShared(nullptr, stage_bytes, kMaxTopK).num_bytes;
+    };
+    const auto pipe_bytes = [&](device::PipeShape shape) { return bytes_of(shape.num_warps, shape.stage_bytes); };
+    const int64_t shared_bytes = !kBulk   ? bytes_of(kVectorWarps, 0)
+                                 : kLends ? pipe_bytes(device::kFewPipes)
+                                          : std::max(pipe_bytes(device::kFewPipes), pipe_bytes(device::kManyPipes));
     check_cuda(cudaFuncSetAttribute(dispatch_rows<kBulk, From, kLends>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                "cudaFuncSetAttribute(dispatch_rows)");

@@ -28,10 +28,11 @@ struct WarpShared {
     int32_t* positions;   // [kChunkTokens][max(K, 1)] layout rows of the current group
     int64_t num_bytes;
 
-    MOE_EP_HOST_DEVICE WarpShared(void* base, bool bulk, int top_k) {
+    // `stage_bytes`: of the pipe's stages; 0 without a pipe.
+    MOE_EP_HOST_DEVICE WarpShared(void* base, int stage_bytes, int top_k) {
         Cursor cursor(base);
-        stages = cursor.take<std::byte>(bulk ? device::kPipeBytes : 0);
-        barriers = cursor.take<uint64_t>(bulk ? device::kPipeStages : 0, alignof(uint64_t));
+        stages = cursor.take<std::byte>(device::kPipeStages * stage_bytes);
+        barriers = cursor.take<uint64_t>(stage_bytes > 0 ? device::kPipeStages : 0, alignof(uint64_t));
         targets = cursor.take<std::byte*>(kChunkTokens * kMaxNodeRanks, alignof(std::byte*));
         positions = cursor.take<int32_t>(kChunkTokens * (top_k > 0 ? top_k : 1), alignof(int32_t));
         num_bytes = cursor.num_bytes();

@@ -23,7 +23,7 @@ struct PieceCursor {
 class RowMover {
 public:
     __device__ RowMover(const DispatchParams& params, const int32_t* positions, device::BulkPipe& pipe)
-        : params_(params), positions_(positions), pipe_(pipe), pieces_(params.rows.row_bytes) {}
+        : params_(params), positions_(positions), pipe_(pipe), pieces_(params.rows.row_bytes, params.stage_bytes) {}
 
     // Begins to load pieces of a group while there is room. Returns whether none are left.
     __device__ bool load(const Incoming& incoming, PieceCursor& cursor) {

@@ -215,7 +215,7 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const Route&
     const int lane = threadIdx.x % kWarpSize;
     const Aim<Route> aim(params, route, shared);
     const uint32_t peers = aim.sends_own() ? ~0u : ~(1u << link.rank);
-    const Pieces pieces(params.rows.row_bytes);
+    const Pieces pieces(params.rows.row_bytes, params.stage_bytes);
     const int64_t first = sent_chunks.begin_unit + worker.first, end = sent_chunks.end_unit;
     SendCursor load(params.rows, peers, first, end, worker.stride, cut.part_tokens(), pieces), store = load;
     PendingFlags pending;

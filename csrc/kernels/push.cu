@@ -10,8 +10,10 @@ namespace moe_ep {
 namespace {
 
 constexpr int kWarpSize = 32;
-constexpr int kBarrierBytes = device::kPipeWarps * device::kPipeStages * static_cast<int>(sizeof(uint64_t));
-constexpr int kSharedBytes = device::kPipeWarps * device::kPipeBytes + kBarrierBytes;
+constexpr int kWarps = device::kFewPipes.num_warps, kStageBytes = device::kFewPipes.stage_bytes;
+constexpr int kPipeBytes = device::kPipeStages * kStageBytes;
+constexpr int kBarrierBytes = kWarps * device::kPipeStages * static_cast<int>(sizeof(uint64_t));
+constexpr int kSharedBytes = kWarps * kPipeBytes + kBarrierBytes;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
@@ -28,7 +30,7 @@ public:
     __device__ std::byte* to() const { return target().to + offset(); }
     __device__ uint32_t num_bytes() const {
         const int64_t left = target().num_bytes - offset();
-        return static_cast<uint32_t>(left < device::kPipeStageBytes ? left : device::kPipeStageBytes);
+        return static_cast<uint32_t>(left < kStageBytes ? left : kStageBytes);
     }
     __device__ void advance() {
         item_ += stride_;
@@ -37,7 +39,7 @@ public:
 
 private:
     __device__ const PushTarget& target() const { return params_.targets[item_ % params_.num_targets]; }
-    __device__ int64_t offset() const { return item_ / params_.num_targets * device::kPipeStageBytes; }
+    __device__ int64_t offset() const { return item_ / params_.num_targets * kStageBytes; }
     __device__ void find_piece() {
         while (!is_done() && offset() >= target().num_bytes) item_ += stride_;
     }
@@ -64,17 +66,17 @@ __device__ void push_pieces(const PushParams& params, device::BulkPipe& pipe, in
 
 #endif
 
-__global__ void __launch_bounds__(device::kPipeWarps* kWarpSize) push(const __grid_constant__ PushParams params) {
+__global__ void __launch_bounds__(kWarps* kWarpSize) push(const __grid_constant__ PushParams params) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) std::byte memory[];
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     if (threadIdx.x % kWarpSize != 0) return;
-    auto* barriers = reinterpret_cast<uint64_t*>(memory + device::kPipeWarps * device::kPipeBytes);
-    device::BulkPipe pipe(memory + warp * device::kPipeBytes, barriers + warp * device::kPipeStages);
+    auto* barriers = reinterpret_cast<uint64_t*>(memory + kWarps * kPipeBytes);
+    device::BulkPipe pipe(memory + warp * kPipeBytes, barriers + warp * device::kPipeStages, kStageBytes);
     pipe.init();
     // Neighbouring pieces go to different SMs.
     push_pieces(params, pipe, blockIdx.x + static_cast<int64_t>(warp) * gridDim.x,
-                static_cast<int64_t>(gridDim.x) * device::kPipeWarps);
+                static_cast<int64_t>(gridDim.x) * kWarps);
 #endif
 }
 
@@ -87,13 +89,13 @@ void launch_push(PushParams params, int num_sms, void* stream) {
     if (major < 9) throw NotBuiltError("push: bulk copies need a GPU since Hopper (compute capability 9.0)");
     params.max_pieces = 0;
     for (int idx = 0; idx < params.num_targets; ++idx) {
-        const int64_t pieces = (params.targets[idx].num_bytes + device::kPipeStageBytes - 1) / device::kPipeStageBytes;
+        const int64_t pieces = (params.targets[idx].num_bytes + kStageBytes - 1) / kStageBytes;
         if (pieces > params.max_pieces) params.max_pieces = pieces;
     }
     if (params.max_pieces == 0) return;
     check_cuda(cudaFuncSetAttribute(push, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
                "cudaFuncSetAttribute(push)");
-    push<<<num_sms, device::kPipeWarps * kWarpSize, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(params);
+    push<<<num_sms, kWarps * kWarpSize, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(params);
     check_cuda(cudaGetLastError(), "push");
 }
 

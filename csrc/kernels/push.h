@@ -19,7 +19,7 @@ inline constexpr int64_t kPushAlignment = 16;
 struct PushParams {
     PushTarget targets[kMaxNodeRanks];
     int num_targets;
-    int64_t max_pieces;  // of the longest stretch, of kPipeStageBytes each
+    int64_t max_pieces;  // of the longest stretch, of a stage each
 };
 
 // Enqueues bulk copies of all targets from num_sms SMs on `stream` (a cudaStream_t) of the current device: the least

@@ -248,6 +248,8 @@ struct DispatchParams {
     RowParams rows;
     int32_t num_senders;  // blocks that send; they come first
     int32_t num_placers;  // blocks that place
+    int32_t num_pipes;    // warps of a block with a pipe each, where there are pipes; chosen by the launch
+    int32_t stage_bytes;  // of each pipe's stages
     Laps laps;
     Opening opening;
     int32_t with_plan;      // metadata travels and the plan is written; otherwise it is replayed

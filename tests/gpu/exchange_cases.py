@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,14 +32,14 @@ class Case:
     planned: bool
 
 
-def make_case(seed: int, num_ranks: int) -> Case:
-    """Draw a case; the same on all ranks."""
+def make_case(seed: int, num_ranks: int, hidden_of: Sequence[int] = HIDDEN, tokens_of: Sequence[int] = TOKENS) -> Case:
+    """Draw a case, of these sizes; the same on all ranks."""
     draw = random.Random(seed)
     num_experts = draw.choice((1, 2, 3, 8, 16)) * num_ranks
     top_k = min(draw.choice((1, 2, 3, 4, 8)), num_experts)
-    dtype, hidden = draw.choice(DTYPES), draw.choice(HIDDEN)
+    dtype, hidden = draw.choice(DTYPES), draw.choice(hidden_of)
     settings: dict[str, Any] = {"num_experts": num_experts, "hidden_size": hidden, "top_k": top_k, "dtype": dtype}
-    tokens = [draw.choice(TOKENS) for _ in range(num_ranks)]
+    tokens = [draw.choice(tokens_of) for _ in range(num_ranks)]
     layout = draw.choice(("expanded", "expanded", "compact", "slab"))
     settings["layout"] = layout
     settings["weights"] = "experts" if layout == "compact" else draw.choice(("combine", "experts"))

@@ -29,6 +29,7 @@ _KINDS = ("uniform", "zipf", "one", "empty", "holes")
 _SETTINGS = 7
 # Largest T, and where rings are granted, so that they are gone round several times.
 _MAX_TOKENS, _MAX_TOKENS_GRANTED = 64, 256
+_HIDDEN, _HIDDEN_GRANTED = (8, 64, 520, 2048, 7168), (2048, 7168)
 
 
 class Exchanges:
@@ -90,7 +91,7 @@ def expected_compact(spec: ExchangeSpec, rank: int, ids: list[Tensor], xs: list[
 
 def draw_spec(draw: random.Random, size: int, most: int) -> ExchangeSpec:
     """Settings of some exchanges of at most ``most`` tokens per rank; the same on all ranks."""
-    hidden = draw.choice((8, 64, 520, 2048, 7168) if most == _MAX_TOKENS else (2048, 7168))
+    hidden = draw.choice(_HIDDEN_GRANTED if most == _MAX_TOKENS_GRANTED else _HIDDEN)
     num_experts = draw.choice((1, 2, 8)) * size
     compact, room = draw.random() < 0.3, size * most
     return ExchangeSpec(
@@ -115,6 +116,7 @@ def stress(
     beside_gemm: bool = True,
     bulk: bool = True,
     lending: float = 0.3,
+    most: int | None = None,
 ) -> int:
     """Rounds of dispatch, combine and replay over changing shapes, each after a delay that differs between ranks.
 
@@ -128,6 +130,7 @@ def stress(
         beside_gemm: whether GEMMs do.
         bulk: whether some exchanges copy by the copy engine.
         lending: share of dispatches whose rows stay in the arena.
+        most: largest T; None for few.
     """
     torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
     # A group of its own; NCCL cannot share a GPU between ranks.
@@ -135,7 +138,7 @@ def stress(
     buffer = Buffer(ctx.group, granted_bytes * ctx.world_size, backend="cuda", timeout_s=20 if fault == 0 else 2)
     draw, skew = random.Random(seed), random.Random(seed * 100 + ctx.rank)
     me, size = Exchanges(buffer, skew), ctx.world_size
-    most = _MAX_TOKENS_GRANTED if granted_bytes else _MAX_TOKENS
+    most = most or (_MAX_TOKENS_GRANTED if granted_bytes else _MAX_TOKENS)
     side, reduced = torch.cuda.Stream(), torch.ones(1 << 20, device="cuda")
     left = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     done = 0
@@ -215,6 +218,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--granted-bytes", type=int, default=0, help="rings of one rank; small ones need several laps")
+    parser.add_argument(
+        "--tokens", type=int, help="largest number of tokens per rank; above 2048 pipes have other shapes"
+    )
     parser.add_argument("--alone", action="store_true", help="without NCCL and GEMMs beside, for memory checkers")
     parser.add_argument("--vector", action="store_true", help="by vector loads and stores alone, which checkers see")
     options = parser.parse_args()
@@ -222,7 +228,7 @@ def main() -> None:
     start = time.monotonic()
     ways = (not options.alone, not options.vector)
     arguments = (options.seed, options.exchanges, options.granted_bytes, beside_nccl, 0, *ways)
-    done = run_ranks(options.ranks, stress, *arguments, timeout=600.0)
+    done = run_ranks(options.ranks, stress, *arguments, 0.3, options.tokens, timeout=600.0)
     told = {**vars(options), "done": done[0], "beside_nccl": beside_nccl, "mismatches": 0}
     sys.stdout.write(json.dumps({**told, "seconds": round(time.monotonic() - start, 1)}) + "\n")
 

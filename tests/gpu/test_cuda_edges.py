@@ -10,9 +10,9 @@ import torch
 from moe_ep import Buffer, TokenDispatcher
 from moe_ep.testing import make_routing, run_ranks
 from moe_ep.testing.worker import RankContext
-from tests.gpu.exchange_cases import Case
+from tests.gpu.exchange_cases import Case, make_case
 from tests.gpu.stress import expected_rows
-from tests.gpu.test_cuda_exchange import compare, compare_cases
+from tests.gpu.test_cuda_exchange import SMALL_GRANT, compare, compare_cases
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +57,19 @@ def test_equals_torch_backend(name: str, bulk: bool) -> None:
     if bulk and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("copies by the copy engine need a GPU since Hopper")
     run_ranks(2, compare_edge, name, bulk)
+
+
+def compare_many_tokens(ctx: RankContext, seeds: list[int], bulk: bool, granted_bytes: int) -> None:
+    """Of more than 2048 tokens short rows have pipes of another shape, long ones have not."""
+    cases = [make_case(seed, ctx.world_size, (8, 136, 1024, 3584), (7, 2047, 2300, 2500, 2777)) for seed in seeds]
+    compare_cases(ctx, cases, bulk, granted_bytes)
+
+
+@pytest.mark.parametrize("granted_bytes", [0, 16 * SMALL_GRANT], ids=["one-lap", "laps"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_many_tokens(num_ranks: int, granted_bytes: int) -> None:
+    bulk, first = torch.cuda.get_device_capability() >= (9, 0), 60_000 + 100 * num_ranks
+    run_ranks(num_ranks, compare_many_tokens, list(range(first, first + 10)), bulk, granted_bytes, timeout=120.0)
 
 
 @pytest.mark.parametrize("num_ranks", [5, 6, 7, 8])
