@@ -14,7 +14,7 @@ from moe_ep.handle import LAYOUT_CODES
 _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 _CASTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 # How many of 24 blocks send; the others place or reduce.
-_SENDERS_OF_24 = {"compact": 12, "expanded": 8, "slab": 8, "combine": 16, "combine compact": 16}
+_SENDERS_OF_24 = {"compact": 12, "expanded": 8, "slab": 8, "combine": 18, "combine compact": 16}
 # Of combines that go round the rings, where reducers make room for senders.
 _SENDERS_OF_24_IN_LAPS = 14
 # SMs until a number is given: where the measured curve of two H100s begins to flatten (benchmarks/NOTES.md).

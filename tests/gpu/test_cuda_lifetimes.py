@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moe_ep import Buffer, Capacity, TokenDispatcher
 from moe_ep.autograd import CombineExchange, DispatchExchange
-from moe_ep.backends.cuda_link import CudaLink, Flight
+from moe_ep.backends.cuda_jobs import Flight
+from moe_ep.backends.cuda_link import CudaLink
 from moe_ep.backends.cuda_outputs import Outputs
 from moe_ep.backends.types import Dispatch
 from moe_ep.testing import make_routing, run_ranks
