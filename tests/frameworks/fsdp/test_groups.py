@@ -40,12 +40,13 @@ def test_lists_are_updated_as_tensors_are(ranks: Ranks, which: str) -> None:
     ranks(4, train_both, which)
 
 
-def train_without_groups(ctx: RankContext, which: str) -> None:
-    model = MODELS[which]()
+def train_without_groups(ctx: RankContext, way: str) -> None:
+    model = MODELS["ddp"]()
     loss_of(model(batch(ctx.rank, 0))).backward()
     with pytest.raises(RuntimeError, match="mixed"):
-        torch.optim.AdamW(model.parameters(), foreach=True).step()
+        torch.optim.AdamW(model.parameters(), **{way: True}).step()
 
 
-def test_ddp_needs_groups(ranks: Ranks) -> None:
-    ranks(4, train_without_groups, "ddp")
+@pytest.mark.parametrize("way", ["foreach", "fused"])
+def test_ddp_needs_groups(ranks: Ranks, way: str) -> None:
+    ranks(4, train_without_groups, way)
