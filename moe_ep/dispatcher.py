@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_ep.autograd import CombineExchange, CombineLaunch, DispatchExchange, DispatchLaunch
-from moe_ep.backends.types import Counted
+from moe_ep.backends.types import Counted, Dispatch
 from moe_ep.buffer import Buffer, resolve_group
 from moe_ep.config import Capacity, ExchangeSpec, record_bytes
+from moe_ep.eager import EagerCombine, EagerDispatch
 from moe_ep.errors import StaleHandleError
 from moe_ep.exchange import Exchanger, allow_dtype
 from moe_ep.exchange_cuda import make_exchanger
@@ -276,8 +277,12 @@ class TokenDispatcher(nn.Module):
         x = self._cast(x)
         if are_transparent(x, topk_idx, topk_weights):
             exchanger = self._live()
-            result = run_dispatch(exchanger, x, topk_idx, topk_weights, lends)
-            return dispatched_plainly(exchanger, result)
+            if not torch.is_grad_enabled():
+                result = run_dispatch(exchanger, x, topk_idx, topk_weights, lends)
+                return dispatched_plainly(exchanger, result, *exchanger.layout_rows(result))
+            told: list[Dispatch] = []
+            rows, weights = EagerDispatch.apply(told, exchanger, x, topk_idx, topk_weights, self._anchor)
+            return dispatched_plainly(exchanger, told[0], rows, weights)
         if not _on_one_device(x, topk_idx, topk_weights):
             # An operator would refuse these on this rank alone; this raises, and tells the peers.
             self._live().dispatch(x, topk_idx, topk_weights, None, lends)
@@ -308,7 +313,9 @@ class TokenDispatcher(nn.Module):
         """
         y, handle = self._cast(y), self._checked(handle)
         if are_transparent(y, weights):
-            return run_combine(self._live(), y, weights, handle.plan)
+            if not torch.is_grad_enabled():
+                return run_combine(self._live(), y, weights, handle.plan)
+            return EagerCombine.apply(self._live(), y, weights, self._anchor, handle.plan)
         tensors = list(handle.tensors)
         if not _on_one_device(y, tensors[1], tensors[1] if weights is None else weights):
             self._live().combine(y, weights, handle.plan)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -189,6 +190,15 @@ class Plan:
             place=PlacePlan(pad_rows=pad_rows, **fields),
         )
 
+    def apart(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """Numbers that stay on the host and tensors, as autograd keeps them: :meth:`together` takes both."""
+        return (), self.to_tensors()
+
+    @staticmethod
+    def together(numbers: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
+        """Inverse of :meth:`apart`, and of that of :class:`CudaPlan`."""
+        return CudaPlan(*numbers, *tensors) if numbers else Plan.from_tensors(tuple(tensors))
+
     @staticmethod
     def fake_tensors(topk_idx: Tensor, num_ranks: int, size: Callable[[], Any]) -> list[Tensor]:
         """What a tracer sees of :meth:`to_tensors`.
@@ -225,6 +235,7 @@ _CUDA_SCALARS = (
     "zero_padding",
     "weight_bytes",
 )
+_cuda_numbers_of = operator.attrgetter(*_CUDA_SCALARS)
 LAYOUT_CODES = {"compact": 0, "expanded": 1, "slab": 2}
 
 
@@ -277,6 +288,10 @@ class CudaPlan:
         """The plan as tensors alone, as operators and autograd carry it; the last one's shape tells T to tracers."""
         sizes = torch.tensor([int(getattr(self, name)) for name in _CUDA_SCALARS], dtype=torch.int64, device="cpu")
         return [sizes, self.source, self.received, self.source.new_empty(self.num_tokens, 0)]
+
+    def apart(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """As of :class:`Plan`."""
+        return _cuda_numbers_of(self), [self.source, self.received]
 
     @staticmethod
     def from_tensors(tensors: list[Tensor] | tuple[Tensor, ...]) -> CudaPlan:

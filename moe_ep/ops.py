@@ -54,22 +54,29 @@ for _op in (_OPS.dispatch, _OPS.combine, _OPS.dispatch_replay, _OPS.combine_grad
     torch.fx.has_side_effect(_op.default)
 
 
+# Tensors without a ``__torch_function__`` or ``__torch_dispatch__`` of their own.
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
 # What the operators do
 
 
 def are_transparent(*tensors: Tensor | None) -> bool:
-    """Whether an operator would go straight to its kernel: no graph to build, nobody who watches or traces.
+    """Whether nobody watches or traces what an operator would do with these: exchanges then do without operators.
 
-    Small exchanges then do without operators, whose layers and lists of tensors cost about what planning does.
+    Their layers and lists of tensors cost about what planning does; :mod:`moe_ep.eager` has the gradients.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing():
         return False
     if torch._C._are_functorch_transforms_active():
         return False
+    # NOTE: a checkpoint computes again outside of the modes that its forward ran in, and must save the same tensors.
+    if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return False
     for tensor in tensors:  # noqa: SIM110 - a generator costs as much as all that stands before
-        if tensor is not None and type(tensor) is not Tensor:
+        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
             return False
     return True
 
@@ -98,6 +105,28 @@ def run_combine(exchanger: Exchanger, y: Tensor, row_weights: Tensor | None, pla
     return out
 
 
+@untraced
+def run_replay(exchanger: Exchanger, x: Tensor, plan: Plan) -> Tensor:
+    """A whole reversed combine, with its hooks."""
+    seq = exchanger.next_seq()
+    job = exchanger.replay(x.contiguous(), plan)
+    exchanger.fire("backward_combine_launched", seq)
+    rows = job.result()
+    exchanger.fire("backward_combine_ready", seq)
+    return rows
+
+
+@untraced
+def run_combine_grads(exchanger: Exchanger, grads: Tensor, weight_grads: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """A whole reversed dispatch, with its hooks."""
+    seq = exchanger.next_seq()
+    job = exchanger.combine_grads(grads.contiguous(), weight_grads.contiguous(), plan)
+    exchanger.fire("backward_dispatch_launched", seq)
+    dx, dweights = job.result()
+    exchanger.fire("backward_dispatch_ready", seq)
+    return dx, dweights
+
+
 @torch.library.impl(_LIBRARY, "dispatch", "CompositeExplicitAutograd")
 @untraced
 def _dispatch(
@@ -121,13 +150,7 @@ def _combine(y: Tensor, row_weights: Tensor | None, plan: list[Tensor], anchor: 
 @untraced
 def _dispatch_replay(x: Tensor, plan: list[Tensor], num_rows: int, dispatcher_id: int) -> Tensor:
     """Gradients [T, H] of a combine's output to layout rows; ``num_rows`` is the first size of the result."""
-    exchanger = lookup(dispatcher_id)
-    seq = exchanger.next_seq()
-    job = exchanger.replay(x.contiguous(), Plan.from_tensors(plan))
-    exchanger.fire("backward_combine_launched", seq)
-    rows = job.result()
-    exchanger.fire("backward_combine_ready", seq)
-    return rows
+    return run_replay(lookup(dispatcher_id), x, Plan.from_tensors(plan))
 
 
 @torch.library.impl(_LIBRARY, "combine_grads", "CompositeExplicitAutograd")
@@ -136,13 +159,7 @@ def _combine_grads(
     grads: Tensor, weight_grads: Tensor, plan: list[Tensor], dispatcher_id: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of layout rows and row weights home: those of x [T, H] and topk_weights [T, K]."""
-    exchanger = lookup(dispatcher_id)
-    seq = exchanger.next_seq()
-    job = exchanger.combine_grads(grads.contiguous(), weight_grads.contiguous(), Plan.from_tensors(plan))
-    exchanger.fire("backward_dispatch_launched", seq)
-    dx, dweights = job.result()
-    exchanger.fire("backward_dispatch_ready", seq)
-    return dx, dweights
+    return run_combine_grads(lookup(dispatcher_id), grads, weight_grads, Plan.from_tensors(plan))
 
 
 @torch.library.impl(_LIBRARY, "weigh_grads", "CompositeExplicitAutograd")

@@ -105,11 +105,17 @@ def host_list(counts: Tensor | list[int] | None) -> list[int] | None:
     return counts.tolist() if isinstance(counts, Tensor) else counts
 
 
-def dispatched_plainly(exchanger: Exchanger, result: Dispatch) -> Dispatched:
-    """What a dispatch returns to its caller where no operator stands in between."""
+def dispatched_plainly(exchanger: Exchanger, result: Dispatch, rows: Tensor, weights: Tensor) -> Dispatched:
+    """What a dispatch returns to its caller where no operator stands in between.
+
+    Args:
+        exchanger: that carried it out.
+        result: of it.
+        rows: of the result, in the layout, with their place in autograd's graph.
+        weights: likewise.
+    """
     spec = exchanger.spec
     exact = spec.capacity is None and spec.layout != "slab"
-    rows, weights = exchanger.layout_rows(result)
     return Dispatched(
         x=rows,
         scales=None,

@@ -1,5 +1,6 @@
 """TokenDispatcher: what arrives where, asynchronous forms, replays, repeatability."""
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -208,14 +209,24 @@ def test_two_runs_give_the_same_bits(ranks: Ranks, shape: dict) -> None:
     assert ranks(4, repeat_bits, case) == [[True, True]] * 4
 
 
+def tensors_in(value: object) -> list[torch.Tensor]:
+    """All tensors that an object, its fields and what these hold keep alive."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for one in value for tensor in tensors_in(one)] if isinstance(value, list | tuple) else []
+
+
 def handle_contents(ctx: RankContext) -> dict:
     case = Case(tokens=(5, 4))
     dispatcher = case.dispatcher(ctx.group)
     x = case.x(ctx.rank).requires_grad_()
     topk_idx, topk_weights = case.routing(ctx.rank)
     handle = dispatcher.dispatch(x, topk_idx, topk_weights.requires_grad_()).handle
-    tensors = [t for value in vars(handle).values() for t in (value if isinstance(value, (tuple, list)) else [value])]
-    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+    tensors = tensors_in(handle)
     return {
         "tensors": len(tensors) > 0,
         "grad": any(t.requires_grad for t in tensors),
