@@ -128,7 +128,7 @@ def main() -> None:
     told = torch.stack(losses)
     dist.all_reduce(told)
     if rank == 0:
-        for step in (0, args.steps - 1):
+        for step in sorted({0, args.steps - 1}):
             print(f"step {step}: loss {told[step].item():.6f}", flush=True)  # noqa: T201
         if args.json:
             backends = [buffer.backend_name]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -26,6 +26,9 @@ from moe_ep.integrations.fsdp import apply_ep, clip_grad_norm_, dense_mesh, para
 from moe_ep.layers import MoELayer
 
 VOCABULARY, LENGTH, WORD, SEQUENCES, HIDDEN = 32, 48, 6, 16, 64
+
+# Settings of the optimizer are stored by parameter: the wrappers have different parameter groups.
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Block(nn.Module):
@@ -125,9 +128,12 @@ def main() -> None:
     model = wrap(LanguageModel(args.experts, args.backend).to(device), args.wrapper, device, ep)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=3e-3)
     if args.load:
-        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=BY_NAME), strict=True))
         dcp.load(states, checkpoint_id=args.load)
-        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        model_state, optimizer_state = states["model"], states["optimizer"]
+        set_state_dict(
+            model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=BY_NAME
+        )
     losses = train(model, optimizer, args.steps, device)
     if dist.get_rank() == 0:
         print(f"{args.wrapper}, {args.experts} experts over {ep} of {dist.get_world_size()} ranks, {device}:", end=" ")
@@ -136,7 +142,7 @@ def main() -> None:
             backends = sorted({m.dispatcher.backend_name for m in model.modules() if isinstance(m, MoELayer)})
             args.json.write_text(json.dumps({"losses": losses, "device": device, "backends": backends}))
     if args.save:
-        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=BY_NAME), strict=True))
         dcp.save(states, checkpoint_id=args.save)
     dist.destroy_process_group()
 

@@ -106,15 +106,16 @@ __global__ void __launch_bounds__(kMaxBlockThreads<kBulk, kLends>, kBulk ? 1 : 2
 // Short rows wait for what has to be known of them more often, which counts where there are many.
 constexpr int64_t kManyPipesRowBytes = 7168, kManyPipesTokens = 1024;
 
+// By this rank's tokens, which are all that the host knows of the rows; a rank may have fewer than it receives.
 device::PipeShape pipes_for(const DispatchParams& params) {
     const bool many = params.rows.row_bytes <= kManyPipesRowBytes && params.rows.num_tokens >= kManyPipesTokens;
-    return many && params.lends == 0 ? device::kManyPipes : device::kFewPipes;
+    return many ? device::kManyPipes : device::kFewPipes;
 }
 
 template <bool kBulk, class From, bool kLends>
 void launch(DispatchParams params, void* started, cudaStream_t stream) {
     if constexpr (kBulk) {
-        const device::PipeShape shape = pipes_for(params);
+        const device::PipeShape shape = kLends ? device::kFewPipes : pipes_for(params);
         params.num_pipes = shape.num_warps;
         params.stage_bytes = shape.stage_bytes;
     }

@@ -89,9 +89,9 @@ def expected_compact(spec: ExchangeSpec, rank: int, ids: list[Tensor], xs: list[
     return torch.cat([x[mask] for x, mask in zip(xs, here, strict=True)])
 
 
-def draw_spec(draw: random.Random, size: int, most: int) -> ExchangeSpec:
-    """Settings of some exchanges of at most ``most`` tokens per rank; the same on all ranks."""
-    hidden = draw.choice(_HIDDEN_GRANTED if most == _MAX_TOKENS_GRANTED else _HIDDEN)
+def draw_spec(draw: random.Random, size: int, most: int, granted: bool) -> ExchangeSpec:
+    """Settings of exchanges of at most ``most`` tokens per rank, same on all ranks; ``granted``: of long rows alone."""
+    hidden = draw.choice(_HIDDEN_GRANTED if granted else _HIDDEN)
     num_experts = draw.choice((1, 2, 8)) * size
     compact, room = draw.random() < 0.3, size * most
     return ExchangeSpec(
@@ -144,7 +144,7 @@ def stress(
     done = 0
     with torch.no_grad():
         while done < num_exchanges:
-            spec = draw_spec(draw, size, most)
+            spec = draw_spec(draw, size, most, granted_bytes > 0)
             tokens = [draw.choice((0, 1, 5, 33, most)) for _ in range(size)]
             me.backend.settings.bulk = draw.random() < 0.7 and bulk and torch.cuda.get_device_capability() >= (9, 0)
             kind, routing_seed = draw.choice(_KINDS), draw.randrange(1 << 30)
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--granted-bytes", type=int, default=0, help="rings of one rank; small ones need several laps")
     parser.add_argument(
-        "--tokens", type=int, help="largest number of tokens per rank; above 2048 pipes have other shapes"
+        "--tokens", type=int, help="largest number of tokens per rank; from 1024 on pipes have other shapes"
     )
     parser.add_argument("--alone", action="store_true", help="without NCCL and GEMMs beside, for memory checkers")
     parser.add_argument("--vector", action="store_true", help="by vector loads and stores alone, which checkers see")

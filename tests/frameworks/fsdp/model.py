@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_ep.integrations.fsdp import apply_ep, dense_mesh
+from moe_ep.integrations.fsdp import apply_ep, dense_mesh, parameter_groups
 from moe_ep.layers import MoELayer
 from moe_ep.testing import RankContext
 
@@ -75,7 +75,7 @@ def loss_of(out: Tensor) -> Tensor:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return torch.optim.AdamW(parameter_groups(model), lr=1e-2)
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from moe_ep.integrations.fsdp import wrap_ddp
 from moe_ep.testing import RankContext
@@ -20,6 +20,10 @@ PLACES = {
     "ddp ep4": ((4,), ("ep",)),
     "ddp ep2": ((2, 2), ("replicate", "ep")),
 }
+
+SAVED_LR = 3e-3
+# FSDP2 and DDP have different parameter groups.
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def make(place: str, seed: int = 0) -> nn.Module:
@@ -45,7 +49,9 @@ def save(ctx: RankContext, place: str, folder: Path) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         loss_of(model(batch(ctx.rank, step))).backward()
         optimizer.step()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = SAVED_LR
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
     return states(model, optimizer)
 
@@ -53,9 +59,10 @@ def save(ctx: RankContext, place: str, folder: Path) -> dict[str, torch.Tensor]:
 def load(ctx: RankContext, place: str, folder: Path) -> dict[str, torch.Tensor]:
     model = make(place, seed=7)
     optimizer = optimizer_of(model)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=BY_NAME)
     dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=BY_NAME)
+    assert [group["lr"] for group in optimizer.param_groups] == [SAVED_LR] * len(optimizer.param_groups)
     found = states(model, optimizer)
     # It goes on from there.
     loss_of(model(batch(ctx.rank, 2))).backward()
