@@ -18,7 +18,7 @@ from moe_ep.errors import MoeEpError
 from moe_ep.events import Job
 from moe_ep.exchange import Exchanger
 from moe_ep.handle import DispatchHandle, Plan
-from moe_ep.ops import filled, once, weighted_grads
+from moe_ep.ops import PLAIN_TYPES, filled, once, weighted_grads
 from moe_ep.untraced import untraced
 
 
@@ -29,6 +29,12 @@ def take(exchange: DispatchExchange | CombineExchange, name: str) -> Job[Any]:
     if job is None:
         raise MoeEpError("this exchange is over: an earlier wait() raised what it met")
     return job
+
+
+def _settled(tensor: Any) -> Any:  # noqa: ANN401
+    """A tensor that a collective has yet to bring, as one that has it; anything else as it is."""
+    # Such a wrapper waits in operators alone, and stays one in views; a copy is neither.
+    return tensor.clone() if isinstance(tensor, Tensor) and type(tensor) not in PLAIN_TYPES else tensor
 
 
 class DispatchExchange:
@@ -54,6 +60,8 @@ class DispatchExchange:
     ) -> None:
         """Start it."""
         self.seq = self.exchanger.next_seq()
+        x = tuple(map(_settled, x)) if isinstance(x, tuple) else _settled(x)
+        topk_idx, topk_weights = _settled(topk_idx), _settled(topk_weights)
         with self.exchanger.overlapped():
             job = self.exchanger.dispatch(x, topk_idx, topk_weights, planned, self.lends)
         self.job = self.exchanger.sm_budget.hold(job, topk_idx.device)
@@ -72,6 +80,7 @@ class DispatchExchange:
         self.backward_seq = self.exchanger.next_seq()
         with self.exchanger.overlapped():
             plan = Plan.from_tensors(plan_tensors)
+            grads, weight_grads = _settled(grads), _settled(weight_grads)
             job = self.exchanger.combine_grads(grads.contiguous(), weight_grads.contiguous(), plan)
         self.backward_job = self.exchanger.sm_budget.hold(job, grads.device)
         self.exchanger.fire("backward_dispatch_launched", self.backward_seq)
@@ -101,6 +110,7 @@ class CombineExchange:
     def launch(self, y: Tensor, row_weights: Tensor | None) -> None:
         """Start it."""
         self.seq = self.exchanger.next_seq()
+        y, row_weights = _settled(y), _settled(row_weights)
         with self.exchanger.overlapped():
             job = self.exchanger.combine(y, row_weights, self.handle.plan)
         self.job = self.exchanger.sm_budget.hold(job, y.device)
@@ -116,7 +126,7 @@ class CombineExchange:
         """Start the reversed exchange."""
         self.backward_seq = self.exchanger.next_seq()
         with self.exchanger.overlapped():
-            job = self.exchanger.replay(grad.contiguous(), Plan.from_tensors(plan_tensors))
+            job = self.exchanger.replay(_settled(grad).contiguous(), Plan.from_tensors(plan_tensors))
         self.backward_job = self.exchanger.sm_budget.hold(job, grad.device)
         self.exchanger.fire("backward_combine_launched", self.backward_seq)
 

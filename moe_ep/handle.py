@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
@@ -99,6 +100,12 @@ _SCALARS = (
     "weight_bytes",
 )
 _IDENTITY_FLAGS = ("row_src", "row_pos", "row_choice", "back_rows", "back_offsets")
+_numbers_of = operator.attrgetter(*_SCALARS)
+
+
+def _tensor_of(numbers: Sequence[int]) -> Tensor:
+    # NOTE: torch.tensor of a list takes three times as long.
+    return torch.frombuffer(array.array("q", numbers), dtype=torch.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +149,14 @@ class Plan:
         """Where the rows are."""
         return self.send.send_src.device
 
-    def to_tensors(self) -> list[Tensor]:
-        """The plan as tensors alone, the form in which operators and autograd carry it."""
-        scalars = [int(getattr(self, name)) for name in _SCALARS]
-        flags = [int(getattr(self.place, name) is None) for name in _IDENTITY_FLAGS]
-        numbers = [*scalars, *flags, *self.send.send_counts, *self.recv_counts]
-        sizes = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    def sizes(self) -> Tensor:
+        """All of its numbers, as :meth:`to_tensors` tells them."""
+        flags = [getattr(self.place, name) is None for name in _IDENTITY_FLAGS]
+        return _tensor_of([*_numbers_of(self), *flags, *self.send.send_counts, *self.recv_counts])
+
+    def to_tensors(self, sizes: Tensor | None = None) -> list[Tensor]:
+        """The plan as tensors alone, the form in which operators carry it; ``sizes`` if they are there already."""
+        sizes = self.sizes() if sizes is None else sizes
         empty = self.send.send_src.new_empty(0)
         # NOTE: an operator may not return one tensor twice, so an absent or shared one is a tensor of its own.
         place = [getattr(self.place, name) for name in _IDENTITY_FLAGS]
@@ -191,13 +200,25 @@ class Plan:
         )
 
     def apart(self) -> tuple[tuple[Any, ...], list[Tensor]]:
-        """Numbers that stay on the host and tensors, as autograd keeps them: :meth:`together` takes both."""
-        return (), self.to_tensors()
+        """What stays on the host and tensors, as autograd keeps them: :meth:`together` takes both."""
+        send, optional = self.send, [getattr(self.place, name) for name in _IDENTITY_FLAGS]
+        there = [tensor for tensor in optional if tensor is not None]
+        absent = tuple(tensor is None for tensor in optional)
+        tensors = [send.send_src, send.choice_pos, send.token_rows, send.token_offsets, self.place.pad_rows, *there]
+        return (_numbers_of(self), self.recv_counts, send.send_counts, absent), tensors
 
     @staticmethod
     def together(numbers: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
-        """Inverse of :meth:`apart`, and of that of :class:`CudaPlan`."""
-        return CudaPlan(*numbers, *tensors) if numbers else Plan.from_tensors(tuple(tensors))
+        """Inverse of :meth:`apart`, and of that of :class:`CudaPlan`, which has numbers alone."""
+        if len(numbers) == len(_CUDA_SCALARS):
+            return CudaPlan(*numbers, *tensors)
+        scalars, recv_counts, send_counts, absent = numbers
+        send_src, choice_pos, token_rows, token_offsets, pad_rows, *there = tensors
+        left = iter(there)
+        place = {name: None if gone else next(left) for name, gone in zip(_IDENTITY_FLAGS, absent, strict=True)}
+        send = SendPlan(send_src, send_counts, choice_pos, token_rows, token_offsets)
+        fields = dict(zip(_SCALARS, scalars, strict=True))
+        return Plan(**fields, recv_counts=recv_counts, send=send, place=PlacePlan(pad_rows=pad_rows, **place))
 
     @staticmethod
     def fake_tensors(topk_idx: Tensor, num_ranks: int, size: Callable[[], Any]) -> list[Tensor]:
@@ -284,9 +305,13 @@ class CudaPlan:
         """Where the rows are."""
         return self.source.device
 
-    def to_tensors(self) -> list[Tensor]:
-        """The plan as tensors alone, as operators and autograd carry it; the last one's shape tells T to tracers."""
-        sizes = torch.tensor([int(getattr(self, name)) for name in _CUDA_SCALARS], dtype=torch.int64, device="cpu")
+    def sizes(self) -> Tensor:
+        """As of :class:`Plan`."""
+        return _tensor_of(_cuda_numbers_of(self))
+
+    def to_tensors(self, sizes: Tensor | None = None) -> list[Tensor]:
+        """As of :class:`Plan`; the last one's shape tells T to tracers."""
+        sizes = self.sizes() if sizes is None else sizes
         return [sizes, self.source, self.received, self.source.new_empty(self.num_tokens, 0)]
 
     def apart(self) -> tuple[tuple[Any, ...], list[Tensor]]:
@@ -321,7 +346,7 @@ def num_tokens_of(plan: list[Tensor]) -> Any:
     return plan[4 if len(plan) == NUM_PLAN_TENSORS else 3].shape[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DispatchHandle:
     """The plan of one dispatch, valid as long as it lives and for any number of replays.
 
@@ -329,14 +354,16 @@ class DispatchHandle:
 
     Attributes:
         kept: the plan, or its tensors where an operator returned them.
+        sizes: of the plan, where a compiled function may be given the handle: numbers of its own would be compiled in.
     """
 
     kept: Plan | tuple[Tensor, ...]
+    sizes: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The plan in the form of the operators of ``moe_ep::``."""
-        return self.kept if isinstance(self.kept, tuple) else tuple(self.kept.to_tensors())
+        return self.kept if isinstance(self.kept, tuple) else tuple(self.kept.to_tensors(self.sizes))
 
     @property
     def plan(self) -> Plan:

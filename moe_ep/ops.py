@@ -55,7 +55,7 @@ for _op in (_OPS.dispatch, _OPS.combine, _OPS.dispatch_replay, _OPS.combine_grad
 
 
 # Tensors without a ``__torch_function__`` or ``__torch_dispatch__`` of their own.
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 # What the operators do
@@ -76,7 +76,7 @@ def are_transparent(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return False
     for tensor in tensors:  # noqa: SIM110 - a generator costs as much as all that stands before
-        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
+        if tensor is not None and type(tensor) not in PLAIN_TYPES:
             return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from moe_ep.autograd import CombineExchange, CombineWait, DispatchExchange, DispatchWait
@@ -126,7 +127,7 @@ def dispatched_plainly(exchanger: Exchanger, result: Dispatch, rows: Tensor, wei
         tokens_per_expert_list=exchanger.host_counts(result.tokens_per_expert) if exact else None,
         num_rows=result.plan.num_rows,
         overflow=result.overflow,
-        handle=DispatchHandle(result.plan),
+        handle=DispatchHandle(result.plan, result.plan.sizes() if torch.is_grad_enabled() else None),
         in_arena=result.in_arena,
     )
 

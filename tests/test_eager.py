@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -15,9 +18,22 @@ import moe_ep
 import moe_ep.dispatcher
 from moe_ep.eager import EagerCombine, EagerDispatch
 from moe_ep.errors import StaleHandleError
+from moe_ep.handle import CudaPlan, Plan
 from moe_ep.testing import RankContext
 from tests.checks import Case
-from tests.sharded import MODES, Leaves, Ranks, check_grads, make_case, make_leaves, probe, run_layer, unsharded
+from tests.sharded import (
+    MODES,
+    Leaves,
+    Ranks,
+    apply_experts,
+    check_grads,
+    for_combine,
+    make_case,
+    make_leaves,
+    probe,
+    run_layer,
+    unsharded,
+)
 
 
 @contextlib.contextmanager
@@ -134,3 +150,136 @@ def test_saved_tensors_may_be_kept_elsewhere() -> None:
         out = run_layer(case, dispatcher, leaves, case.routing(0)[0])
     out.backward(probe(case, 0))
     check_grads(leaves.grads(), unsharded(case)[1][0])
+
+
+class Late(torch.autograd.Function):
+    """Gives a gradient that a collective has yet to bring, as layers of tensor parallelism do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return AsyncCollectiveTensor(grad)
+
+
+@pytest.mark.parametrize("use_async", [False, True])
+@pytest.mark.parametrize("mode", ["expanded", "compact", "slab"])
+def test_exchanges_are_given_gradients_that_have_come(mode: str, use_async: bool) -> None:
+    """Kernels would be given the address of a wrapper, which is none."""
+    case = make_case(1, **MODES[mode])
+    leaves, dispatcher = make_leaves(case, 0), case.dispatcher(None)
+    exchanger, seen = dispatcher._live(), []
+
+    def note(name: str) -> Any:
+        whole = getattr(exchanger, name)
+
+        def noted(*args: Any) -> Any:
+            seen.extend(type(arg) for arg in args if isinstance(arg, Tensor))
+            return whole(*args)
+
+        return noted
+
+    exchanger.replay, exchanger.combine_grads = note("replay"), note("combine_grads")  # type: ignore[method-assign]
+    if use_async:
+        routed = dispatcher.dispatch_async(leaves.x, case.routing(0)[0], leaves.topk_weights).wait()
+    else:
+        routed = dispatcher.dispatch(leaves.x, case.routing(0)[0], leaves.topk_weights)
+    rows, weights = Late.apply(routed.x), Late.apply(routed.weights)
+    y = apply_experts(case, routed, rows, weights, leaves.matrices)
+    given = for_combine(case, weights)
+    if use_async:
+        out = dispatcher.combine_async(y, routed.handle, given).wait()
+    else:
+        out = dispatcher.combine(y, routed.handle, given)
+    Late.apply(out).backward(probe(case, 0))
+    assert seen == [Tensor] * 3
+    check_grads(leaves.grads(), unsharded(case)[1][0])
+
+
+@pytest.mark.parametrize("use_async", [False, True])
+def test_exchanges_are_given_rows_that_have_come(use_async: bool) -> None:
+    case = make_case(1)
+    leaves, dispatcher = make_leaves(case, 0), case.dispatcher(None)
+    exchanger, seen = dispatcher._live(), []
+    dispatch, combine = exchanger.dispatch, exchanger.combine
+
+    def note(*args: Any) -> None:
+        seen.extend(type(arg) for arg in args if isinstance(arg, Tensor))
+
+    exchanger.dispatch = lambda *args: (note(*args), dispatch(*args))[1]  # type: ignore[method-assign]
+    exchanger.combine = lambda *args: (note(*args), combine(*args))[1]  # type: ignore[method-assign]
+    late = [AsyncCollectiveTensor(t) for t in (leaves.x.detach(), case.routing(0)[0], leaves.topk_weights.detach())]
+    routed = dispatcher.dispatch_async(*late).wait() if use_async else dispatcher.dispatch(*late)
+    y, weights = AsyncCollectiveTensor(routed.x.detach()), AsyncCollectiveTensor(routed.weights.detach())
+    if use_async:
+        dispatcher.combine_async(y, routed.handle, weights).wait()
+    else:
+        dispatcher.combine(y, routed.handle, weights)
+    assert seen == [Tensor] * 5
+
+
+def test_a_backward_that_is_watched_shows_operators() -> None:
+    case = make_case(1)
+    leaves, dispatcher = make_leaves(case, 0), case.dispatcher(None)
+    out = run_layer(case, dispatcher, leaves, case.routing(0)[0])
+    with torch.autograd.profiler.profile() as profile:
+        out.backward(probe(case, 0))
+    names = {event.name for event in profile.function_events}
+    assert {"moe_ep::dispatch_replay", "moe_ep::weigh_grads", "moe_ep::combine_grads"} <= names
+    check_grads(leaves.grads(), unsharded(case)[1][0])
+
+
+def fields_of(plan: Any) -> list[Any]:
+    """All that a plan holds, in order; tensors are told by what they hold."""
+    found: list[Any] = []
+    for field in dataclasses.fields(plan):
+        value = getattr(plan, field.name)
+        found += fields_of(value) if dataclasses.is_dataclass(value) else [value]
+    return [value.tolist() if isinstance(value, Tensor) else value for value in found]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("of_cuda", [False, True])
+def test_a_plan_comes_together_again(mode: str, of_cuda: bool) -> None:
+    case = make_case(1, **MODES[mode])
+    dispatcher = case.dispatcher(None)
+    if of_cuda:
+        pytest.importorskip("moe_ep._C", reason="moe_ep._C is not built")
+        from tests.test_compile_cuda import StandIn
+
+        StandIn(dispatcher)
+    plan = dispatcher.dispatch(case.x(0), *case.routing(0)).handle.plan
+    assert isinstance(plan, CudaPlan) == of_cuda
+    assert fields_of(Plan.together(*plan.apart())) == fields_of(plan)
+    assert fields_of(Plan.from_tensors(plan.to_tensors())) == fields_of(plan)
+
+
+@pytest.mark.parametrize("of_cuda", [False, True])
+def test_a_compiled_combine_takes_handles_of_any_dispatch(of_cuda: bool) -> None:
+    case = make_case(1, capacity=moe_ep.Capacity(rows=40), max_tokens_per_rank=7)
+    leaves, dispatcher = make_leaves(case, 0), case.dispatcher(None)
+    if of_cuda:
+        pytest.importorskip("moe_ep._C", reason="moe_ep._C is not built")
+        from tests.test_compile_cuda import StandIn
+
+        StandIn(dispatcher)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=False)
+    def combine(y: Tensor, handle: moe_ep.DispatchHandle, weights: Tensor) -> Tensor:
+        return dispatcher.combine(y * 2, handle, weights)
+
+    for _ in range(4):
+        routed = dispatcher.dispatch(leaves.x, case.routing(0)[0], leaves.topk_weights)
+        combine(routed.x, routed.handle, routed.weights).sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_handles_are_keys() -> None:
+    case = make_case(1)
+    dispatcher = case.dispatcher(None)
+    handles = [dispatcher.dispatch(case.x(0), *case.routing(0)).handle for _ in range(2)]
+    assert len({handles[0], handles[1], handles[0]}) == 2
