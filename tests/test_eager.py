@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_ep
 import moe_ep.dispatcher
+from moe_ep.backends.cuda_link import aligned
 from moe_ep.eager import EagerCombine, EagerDispatch
 from moe_ep.errors import StaleHandleError
 from moe_ep.handle import CudaPlan, Plan
@@ -218,6 +219,17 @@ def test_exchanges_are_given_rows_that_have_come(use_async: bool) -> None:
     else:
         dispatcher.combine(y, routed.handle, weights)
     assert seen == [Tensor] * 5
+
+
+def test_kernels_are_given_no_wrapper() -> None:
+    x = torch.arange(24.0).view(6, 4)
+    for tensor in (x, x[:, 1:3], x[:0], x.flatten()[1:], AsyncCollectiveTensor(x)):
+        got = aligned(tensor)
+        assert type(got) is Tensor
+        assert got.is_contiguous()
+        assert got.data_ptr() % 16 == 0
+        assert got.data_ptr() != 0 or got.numel() == 0
+        assert torch.equal(got, tensor)
 
 
 def test_a_backward_that_is_watched_shows_operators() -> None:

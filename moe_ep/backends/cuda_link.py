@@ -329,4 +329,6 @@ def pointer(tensor: Tensor | None) -> int:
 def aligned(tensor: Tensor) -> Tensor:
     """The tensor, contiguous and starting at a multiple of 16 bytes."""
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    address = tensor.data_ptr()
+    # A wrapper, of what a collective has yet to bring, say, has no address; its copy has.
+    return tensor if address and address % 16 == 0 else tensor.clone()
