@@ -354,7 +354,7 @@ class DispatchHandle:
 
     Attributes:
         kept: the plan, or its tensors where an operator returned them.
-        sizes: of the plan, where a compiled function may be given the handle: numbers of its own would be compiled in.
+        sizes: of the plan: a compiled function that is given the handle would have numbers compiled in.
     """
 
     kept: Plan | tuple[Tensor, ...]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 from moe_ep.autograd import CombineExchange, CombineWait, DispatchExchange, DispatchWait
@@ -127,7 +126,7 @@ def dispatched_plainly(exchanger: Exchanger, result: Dispatch, rows: Tensor, wei
         tokens_per_expert_list=exchanger.host_counts(result.tokens_per_expert) if exact else None,
         num_rows=result.plan.num_rows,
         overflow=result.overflow,
-        handle=DispatchHandle(result.plan, result.plan.sizes() if torch.is_grad_enabled() else None),
+        handle=DispatchHandle(result.plan, result.plan.sizes()),
         in_arena=result.in_arena,
     )
 

@@ -268,8 +268,9 @@ def test_a_plan_comes_together_again(mode: str, of_cuda: bool) -> None:
     assert fields_of(Plan.from_tensors(plan.to_tensors())) == fields_of(plan)
 
 
+@pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("of_cuda", [False, True])
-def test_a_compiled_combine_takes_handles_of_any_dispatch(of_cuda: bool) -> None:
+def test_a_compiled_combine_takes_handles_of_any_dispatch(of_cuda: bool, with_grad: bool) -> None:
     case = make_case(1, capacity=moe_ep.Capacity(rows=40), max_tokens_per_rank=7)
     leaves, dispatcher = make_leaves(case, 0), case.dispatcher(None)
     if of_cuda:
@@ -285,8 +286,11 @@ def test_a_compiled_combine_takes_handles_of_any_dispatch(of_cuda: bool) -> None
         return dispatcher.combine(y * 2, handle, weights)
 
     for _ in range(4):
-        routed = dispatcher.dispatch(leaves.x, case.routing(0)[0], leaves.topk_weights)
-        combine(routed.x, routed.handle, routed.weights).sum().backward()
+        with torch.set_grad_enabled(with_grad):
+            routed = dispatcher.dispatch(leaves.x, case.routing(0)[0], leaves.topk_weights)
+            out = combine(routed.x, routed.handle, routed.weights)
+        if with_grad:
+            out.sum().backward()
     assert counter.frame_count == 1
 
 
