@@ -30,6 +30,12 @@ __device__ __forceinline__ bool has_failed(const Link& link) {
     return ptx::load_relaxed_gpu(&link.state->failed) != 0;
 }
 
+// The same for all threads of a block, whoever fails meanwhile: those that go on meet at barriers. Called by a whole
+// block.
+__device__ __forceinline__ bool has_failed_for_block(const Link& link) {
+    return __syncthreads_or(threadIdx.x == 0 && has_failed(link)) != 0;
+}
+
 // A message of an opening exchange comes word by word, each with the low half of the exchange's number.
 __device__ __forceinline__ bool is_of_exchange(uint64_t stamped, uint64_t epoch) {
     return static_cast<uint32_t>(stamped >> 32) == static_cast<uint32_t>(epoch);

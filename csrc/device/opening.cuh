@@ -65,6 +65,59 @@ __device__ inline bool receive_headers(const Link& link, const int32_t* header, 
     return __syncthreads_and(good) != 0;
 }
 
+// Lets a dispatch that runs beside its counting begin. Called by a whole block of those that count, of which the first
+// notes whose exchange it is.
+// NOTE: a kernel that has begun so is only promised to see this word once the kernel before has ended; it does earlier,
+// since the fence ends when the word is in L2, where the other reads it.
+__device__ inline void note_counting(const Link& link, uint64_t epoch) {
+    if (threadIdx.x != 0) return;
+    if (blockIdx.x == 0) {
+        ptx::store_relaxed_gpu(&link.state->counting, epoch);
+        __threadfence();
+    }
+    ptx::launch_dependents();
+}
+
+// Tells a dispatch beside that this block has numbered its tokens. Called by a whole block.
+__device__ inline void note_numbered(const Link& link, uint64_t epoch) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    ptx::store_relaxed_gpu(&link.state->numbered[blockIdx.x], epoch);
+}
+
+// Waits until a block of those that count has come to where it sets its word to this exchange's number.
+__device__ inline bool wait_for_block(const Link& link, const uint64_t* word, uint64_t epoch) {
+    Patience patience;
+    for (;;) {
+        const uint64_t seen = ptx::load_acquire_gpu(word);
+        if (seen == epoch) return true;
+        if (!patience.lasts(link, epoch, seen, link.rank, Phase::kOpening)) return false;
+    }
+}
+
+// Joins an exchange that is still being counted: afterwards rows may be sent as this rank's plan numbers them. Called
+// by a whole block; returns on all threads whether the exchange goes on, its number, and the largest T of any rank.
+__device__ inline bool join_counting(const Link& link, const Opening& opening, int num_counting, uint64_t& epoch,
+                                     int64_t& most_tokens) {
+    epoch = ptx::load_relaxed_gpu(&link.state->counting);
+    if (!receive_headers(link, opening.header, epoch)) return false;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
+    int32_t tokens = 0;
+    bool good = thread >= link.num_ranks || wait_for_opening(link, thread, kHeaderWords, epoch, tokens);
+#pragma unroll 1
+    for (int block = thread; block < num_counting && good; block += static_cast<int>(blockDim.x)) {
+        good = wait_for_block(link, &link.state->numbered[block], epoch);
+    }
+    if (__syncthreads_and(good) == 0) return false;
+    if (lane < link.num_ranks) {
+        tokens =
+            static_cast<int32_t>(ptx::load_relaxed_sys(link.arena(link.rank).opening_from(lane, epoch) + kHeaderWords));
+    }
+    most_tokens = __reduce_max_sync(kAllLanes, tokens);
+    return true;
+}
+
 // Everything that kernels of this exchange ask of the state is there afterwards. Called by one thread, once nothing of
 // the kernel reads the number of the exchange before.
 __device__ inline void note_opened(const Link& link, uint64_t epoch) {

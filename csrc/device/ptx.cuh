@@ -61,6 +61,12 @@ __device__ __forceinline__ uint32_t load_relaxed_gpu(const uint32_t* word) {
     return value;
 }
 
+__device__ __forceinline__ uint64_t load_relaxed_gpu(const uint64_t* word) {
+    uint64_t value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+}
+
 // Rows. Arena memory changes while a kernel runs, so it is never read through the non-coherent path.
 
 __device__ __forceinline__ uint4 load_arena(const uint4* ptr) {
@@ -85,6 +91,23 @@ __device__ __forceinline__ uint4 load_once(const uint4* ptr) {
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "l"(ptr));
     return value;
+}
+
+// A kernel that is launched early runs beside the one before it in its stream.
+
+// Lets the next kernel of the stream begin, if it was launched so, once all blocks have said this. Called by one thread
+// of each.
+__device__ __forceinline__ void launch_dependents() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before has ended; what it has written may then be read.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Bulk copies

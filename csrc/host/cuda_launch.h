@@ -9,11 +9,17 @@
 
 namespace moe_ep {
 
-// Launches a kernel. `started`: a cudaEvent_t that is recorded once all of its blocks run, or null; null where launches
-// do not tell their start.
+struct LaunchOptions {
+    // A cudaEvent_t that is recorded once all blocks run, or null; null where launches do not tell their start.
+    void* started = nullptr;
+    // Whether the kernel may begin once all blocks of the one before it in the stream have said so. Not with the above:
+    // the event would only come when the kernel has ended.
+    bool early = false;
+};
+
 template <class Params>
-void launch_telling_start(const char* name, void (*kernel)(Params), int num_blocks, int num_threads,
-                          int64_t shared_bytes, void* started, cudaStream_t stream, const Params& params) {
+void launch_with(LaunchOptions options, const char* name, void (*kernel)(Params), int num_blocks, int num_threads,
+                 int64_t shared_bytes, cudaStream_t stream, const Params& params) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(num_blocks));
     config.blockDim = dim3(static_cast<unsigned>(num_threads));
@@ -21,11 +27,16 @@ void launch_telling_start(const char* name, void (*kernel)(Params), int num_bloc
     config.stream = stream;
 #if CUDART_VERSION >= 12030
     cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeLaunchCompletionEvent;
-    attribute.val.launchCompletionEvent.event = static_cast<cudaEvent_t>(started);
-    attribute.val.launchCompletionEvent.flags = 0;
+    if (options.started != nullptr) {
+        attribute.id = cudaLaunchAttributeLaunchCompletionEvent;
+        attribute.val.launchCompletionEvent.event = static_cast<cudaEvent_t>(options.started);
+        attribute.val.launchCompletionEvent.flags = 0;
+    } else {
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
     config.attrs = &attribute;
-    config.numAttrs = started == nullptr ? 0 : 1;
+    config.numAttrs = options.started != nullptr || options.early ? 1 : 0;
 #endif
     check_cuda(cudaLaunchKernelEx(&config, kernel, params), name);
 }

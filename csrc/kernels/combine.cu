@@ -320,7 +320,8 @@ __global__ void __launch_bounds__(SummerOf<T, kBulk, kMode>::kWarps* kWarpSize)
     if constexpr (kBulk != Summer::kBulk) return;
     extern __shared__ uint4 memory[];
     uint64_t epoch;
-    if (device::has_failed(params.link) || !device::join_exchange(params.link, params.opening, epoch)) return;
+    if (device::has_failed_for_block(params.link)) return;
+    if (!device::join_exchange(params.link, params.opening, epoch)) return;
     constexpr int kWarps = Summer::kWarps;
     const int warp = threadIdx.x / kWarpSize, block = static_cast<int>(blockIdx.x);
     const bool sends = block < params.num_senders;
@@ -361,8 +362,8 @@ template <class T, bool kBulk, Mode kMode>
 void launch(const CombineParams& params, void* started, cudaStream_t stream) {
     const int num_blocks = params.num_senders + params.num_reducers;
     constexpr int kThreads = SummerOf<T, kBulk, kMode>::kWarps * kWarpSize;
-    launch_telling_start("combine_rows", combine_rows<T, kBulk, kMode>, num_blocks, kThreads,
-                         kBlockBytes<T, kBulk, kMode>, started, stream, params);
+    launch_with({.started = started}, "combine_rows", combine_rows<T, kBulk, kMode>, num_blocks, kThreads,
+                kBlockBytes<T, kBulk, kMode>, stream, params);
 }
 
 // Loads a kernel and allows it its shared memory.

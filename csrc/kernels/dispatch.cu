@@ -16,6 +16,8 @@
 // groups of all sources, as they arrive, and copy each row to its layout rows. This rank's own rows skip the ring.
 // Senders that have nothing left to send place as well. On a direct route senders store each row where it stays, of
 // expanded rows the first copy on each rank, and placers see to what is left: further copies, and what came beside.
+// Beside the kernel that counts for it, the first lap is sent from when all tokens are numbered, and placers wait for
+// the plan.
 namespace moe_ep {
 namespace {
 
@@ -35,23 +37,36 @@ constexpr int kMetaWarps = kBulk && kLends ? 8 : 0;
 template <bool kBulk, bool kLends>
 constexpr int kMaxBlockThreads = kWarpSize * (kMaxRowWarps<kBulk, kLends> + kMetaWarps<kBulk, kLends>);
 
-// Shared memory leaves room for one block of pipes per SM anyway, so that registers need not be saved there.
+// Kernels that may begin beside the counting: direct routes follow from what it finds.
+template <bool kBulk, bool kLends>
+constexpr bool kMayBeEarly = kBulk && !kLends;
+
+// Called by all threads of all blocks.
 template <bool kBulk, class From, bool kLends>
-__global__ void __launch_bounds__(kMaxBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
-    dispatch_rows(const __grid_constant__ DispatchParams params) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    if constexpr (kBulk) return;
-#endif
+__device__ __forceinline__ void send_and_place(const DispatchParams& params) {
+    if (device::has_failed_for_block(params.link)) return;
     const int num_warps = kBulk ? params.num_pipes : kVectorWarps;
     extern __shared__ uint4 memory[];
+    const bool sends = static_cast<int>(blockIdx.x) < params.num_senders;
+    bool early = kMayBeEarly<kBulk, kLends> && params.num_counting > 0;
     uint64_t epoch;
-    if (device::has_failed(params.link) || !device::join_exchange(params.link, params.opening, epoch)) return;
+    int64_t most_tokens = 0;
+    if (early && sends) {
+        if (!device::join_counting(params.link, params.opening, params.num_counting, epoch, most_tokens)) return;
+    } else {
+        if (early) {
+            ptx::wait_for_kernel_before();
+            // Without a plan there is nothing to place by.
+            if (device::has_failed_for_block(params.link)) return;
+        }
+        early = false;
+        if (!device::join_exchange(params.link, params.opening, epoch)) return;
+    }
     if (device::has_fault(params.link, Fault::kEarlyExit) && params.rows.num_tokens == 0) return;
     const int warp = threadIdx.x / kWarpSize, block = static_cast<int>(blockIdx.x);
     const int stage_bytes = kBulk ? params.stage_bytes : 0;
     const int64_t warp_bytes = WarpShared(nullptr, stage_bytes, params.rows.top_k).num_bytes;
     const WarpShared shared(reinterpret_cast<std::byte*>(memory) + warp * warp_bytes, stage_bytes, params.rows.top_k);
-    const bool sends = block < params.num_senders;
     const int role_block = sends ? block : block - params.num_senders;
     const int role_blocks = sends ? params.num_senders : params.num_placers;
     // Neighbouring chunks go to different SMs.
@@ -61,6 +76,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads<kBulk, kLends>, kBulk ? 1 : 2
         params.rows.row_bytes * (std::is_same_v<From, NoCast> ? 1 : static_cast<int64_t>(sizeof(From)));
     const PlanTable table(params.rows.table, params.link.num_ranks, params.rows.num_experts);
     const Route<kLends> route(params, table);
+    if (!early) most_tokens = *table.most_tokens;
     const bool places = params.laps != Laps::kFirst;
     const bool places_meta = places && route.is_direct() && params.layout == Layout::kCompact;
     if constexpr (kMetaWarps<kBulk, kLends> > 0) {
@@ -71,7 +87,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads<kBulk, kLends>, kBulk ? 1 : 2
     }
     // Without placers, senders see to it when they have sent all.
     const bool fills = places && (!sends || params.num_placers == 0);
-    if (*table.overflow != 0) {
+    if (!early && *table.overflow != 0) {
         if (fills) poison_rows(params, worker, out_row_bytes);
         return;
     }
@@ -80,7 +96,20 @@ __global__ void __launch_bounds__(kMaxBlockThreads<kBulk, kLends>, kBulk ? 1 : 2
         device::BulkPipe pipe(shared.stages, shared.barriers, stage_bytes);
         if (threadIdx.x % kWarpSize == 0) pipe.init();
         __syncwarp();
-        if (sends) send_rows_bulk(params, route, epoch, shared, pipe, worker);
+#pragma unroll 1
+        for (Laps laps = early ? Laps::kFirst : params.laps; sends; laps = Laps::kLater) {
+            send_rows_bulk(params, route, epoch, shared, pipe, worker, laps, most_tokens);
+            if (!early) break;
+            // Whether more may follow is known when all ranks' counts are.
+            early = false;
+            ptx::wait_for_kernel_before();
+            __syncwarp();
+            if (__any_sync(kAllLanes, device::has_failed(params.link)) != 0) return;
+            if (*table.overflow != 0) {
+                if (fills) poison_rows(params, worker, out_row_bytes);
+                return;
+            }
+        }
         if (fills) fill_padding(params, worker, out_row_bytes);
         if (!places) return;
         if (places_meta) {
@@ -92,7 +121,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads<kBulk, kLends>, kBulk ? 1 : 2
         ptx::wait_bulk_stores<0>();
 #endif
     } else {
-        if (sends) send_rows<From>(params, route, epoch, shared, worker);
+        if (sends) send_rows<From>(params, route, epoch, shared, worker, params.laps, most_tokens);
         if (fills) fill_padding(params, worker, out_row_bytes);
         if (!places) return;
         if (places_meta) {
@@ -101,6 +130,18 @@ __global__ void __launch_bounds__(kMaxBlockThreads<kBulk, kLends>, kBulk ? 1 : 2
             place_rows<From>(params, route, epoch, shared);
         }
     }
+}
+
+// Shared memory leaves room for one block of pipes per SM anyway, so that registers need not be saved there.
+template <bool kBulk, class From, bool kLends>
+__global__ void __launch_bounds__(kMaxBlockThreads<kBulk, kLends>, kBulk ? 1 : 2)
+    dispatch_rows(const __grid_constant__ DispatchParams params) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    if constexpr (kBulk) return;
+#endif
+    send_and_place<kBulk, From, kLends>(params);
+    // Whatever has happened: what follows in the stream finds the counting ended too.
+    if (kMayBeEarly<kBulk, kLends> && params.num_counting > 0) ptx::wait_for_kernel_before();
 }
 
 // Short rows wait for what has to be known of them more often, which counts where there are many.
@@ -122,9 +163,9 @@ void launch(DispatchParams params, void* started, cudaStream_t stream) {
     const int num_warps = kBulk ? params.num_pipes : kVectorWarps;
     const int64_t warp_bytes = WarpShared(nullptr, kBulk ? params.stage_bytes : 0, params.rows.top_k).num_bytes;
     const int num_blocks = params.num_senders + params.num_placers;
-    launch_telling_start("dispatch_rows", dispatch_rows<kBulk, From, kLends>, num_blocks,
-                         kWarpSize * (num_warps + kMetaWarps<kBulk, kLends>), num_warps * warp_bytes, started, stream,
-                         params);
+    const bool early = kMayBeEarly<kBulk, kLends> && params.num_counting > 0;
+    launch_with({.started = started, .early = early}, "dispatch_rows", dispatch_rows<kBulk, From, kLends>, num_blocks,
+                kWarpSize * (num_warps + kMetaWarps<kBulk, kLends>), num_warps * warp_bytes, stream, params);
 }
 
 // Loads a kernel and allows it the shared memory of the largest K.

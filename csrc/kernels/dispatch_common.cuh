@@ -90,8 +90,8 @@ private:
 
 // How groups are cut: rows stay whole.
 template <class Route>
-__device__ inline Cut cut_groups(const Route& route, const PlanTable& table) {
-    return Cut(num_chunks(*table.most_tokens), route.ring_groups(), 0, kWantedUnits);
+__device__ inline Cut cut_groups(const Route& route, int64_t most_tokens) {
+    return Cut(num_chunks(most_tokens), route.ring_groups(), 0, kWantedUnits);
 }
 
 // Words that travel with a token: ids, places among the expert's choices, weights, scales.
@@ -110,14 +110,14 @@ struct MetaLayout {
     __device__ int scale(int word) const { return (2 + weight_words) * top_k + word; }
 };
 
-// This rank's chunks that a launch sends, and their units.
+// This rank's chunks of some laps, and their units.
 struct SentChunks {
     int64_t end, begin_unit, end_unit;
 
-    __device__ SentChunks(const DispatchParams& params, int64_t ring_groups, const Cut& cut) {
+    __device__ SentChunks(const DispatchParams& params, Laps laps, int64_t ring_groups, const Cut& cut) {
         const int64_t total = num_chunks(params.rows.num_tokens);
-        end = params.laps == Laps::kFirst ? min(ring_groups, total) : total;
-        begin_unit = (params.laps == Laps::kLater ? min(ring_groups, total) : 0) * cut.parts;
+        end = laps == Laps::kFirst ? min(ring_groups, total) : total;
+        begin_unit = (laps == Laps::kLater ? min(ring_groups, total) : 0) * cut.parts;
         end_unit = end * cut.parts;
     }
 };

@@ -91,7 +91,7 @@ public:
           route_(route),
           epoch_(epoch),
           tickets_(params.link, epoch),
-          cut_(cut_groups(route, table_of(params))) {
+          cut_(cut_groups(route, *table_of(params).most_tokens)) {
         tickets_.ask();
         const int lane = threadIdx.x % kWarpSize, num_ranks = params.link.num_ranks;
         const PlanTable table = table_of(params);

@@ -202,16 +202,16 @@ struct PendingFlags {
     }
 };
 
-// Sends the rows of this warp's chunks through its pipe; loads run ahead of chunks.
+// Sends the rows of this warp's chunks through its pipe, those of some laps; loads run ahead of chunks.
 template <class Route>
 __device__ inline void send_rows_bulk(const DispatchParams& params, const Route& route, uint64_t epoch,
-                                      const WarpShared& shared, device::BulkPipe& pipe, Worker worker) {
+                                      const WarpShared& shared, device::BulkPipe& pipe, Worker worker, Laps laps,
+                                      int64_t most_tokens) {
     const Link& link = params.link;
     const int64_t ring_groups = route.ring_groups();
-    const PlanTable table(params.rows.table, link.num_ranks, params.rows.num_experts);
-    const Cut cut = cut_groups(route, table);
+    const Cut cut = cut_groups(route, most_tokens);
     const int64_t ring_units = ring_groups * cut.parts;
-    const SentChunks sent_chunks(params, ring_groups, cut);
+    const SentChunks sent_chunks(params, laps, ring_groups, cut);
     const int lane = threadIdx.x % kWarpSize;
     const Aim<Route> aim(params, route, shared);
     const uint32_t peers = aim.sends_own() ? ~0u : ~(1u << link.rank);
@@ -290,15 +290,14 @@ __device__ inline void send_rows_bulk(const DispatchParams& params, const Route&
 // Sends the rows of this warp's chunks by vector loads and stores, cast to fp8 where asked for.
 template <class From, class Route>
 __device__ inline void send_rows(const DispatchParams& params, const Route& route, uint64_t epoch,
-                                 const WarpShared& shared, Worker worker) {
+                                 const WarpShared& shared, Worker worker, Laps laps, int64_t most_tokens) {
     const Link& link = params.link;
     const int64_t row_bytes = params.rows.row_bytes, ring_groups = route.ring_groups();
     const Aim<Route> aim(params, route, shared);
     const uint32_t peers = aim.sends_own() ? ~0u : ~(1u << link.rank);
-    const PlanTable table(params.rows.table, link.num_ranks, params.rows.num_experts);
-    const Cut cut = cut_groups(route, table);
+    const Cut cut = cut_groups(route, most_tokens);
     const int64_t ring_units = ring_groups * cut.parts;
-    const SentChunks sent_chunks(params, ring_groups, cut);
+    const SentChunks sent_chunks(params, laps, ring_groups, cut);
     for (int64_t unit = sent_chunks.begin_unit + worker.first; unit < sent_chunks.end_unit; unit += worker.stride) {
         const int64_t chunk = unit / cut.parts, slot = chunk % ring_groups, lap = chunk / ring_groups;
         const uint32_t tokens = cut.tokens(static_cast<int>(unit % cut.parts));

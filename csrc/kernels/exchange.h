@@ -20,7 +20,7 @@ void prepare_combine(bool bulk);
 // Why the kernels of this build do not run on the current device, as CUDA says it; empty where they do.
 std::string kernel_problem();
 
-// Whether launches can record an event once all blocks have their SMs: CUDA and drivers since 12.3.
+// Whether launches can record an event once all blocks have their SMs, or begin early: CUDA and drivers since 12.3.
 bool launches_tell_start();
 
 // Compares headers with all peers.

@@ -13,7 +13,7 @@ constexpr int kThreads = kMaxNodeRanks * kHeaderWords;
 
 __global__ void __launch_bounds__(kThreads)
     open_exchange(const __grid_constant__ Link link, const __grid_constant__ Opening opening) {
-    if (device::has_failed(link)) return;
+    if (device::has_failed_for_block(link)) return;
     uint64_t epoch;
     device::join_exchange(link, opening, epoch);
 }

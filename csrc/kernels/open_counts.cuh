@@ -47,19 +47,17 @@ public:
     __device__ int32_t choices(int source, int expert) const { return at(source, 1 + expert); }
     __device__ int32_t rows(int source, int rank) const { return at(source, 1 + params_.num_experts + rank); }
     // Choices of an expert by the ranks before `end`.
-    __device__ __noinline__ int32_t choices_before(int end, int expert) const {
+    __device__ int32_t choices_before(int end, int expert) const {
         int32_t sum = 0;
 #pragma unroll 4
         for (int source = 0; source < end; ++source) sum += choices(source, expert);
         return sum;
     }
 
-    // Waits for the messages of all peers. Called by a whole block; returns on all threads whether the exchange goes
-    // on.
+    // Waits for the rest of the messages whose headers have come. Called by a whole block; returns on all threads
+    // whether they have.
     __device__ bool receive() const {
         const Link& link = params_.link;
-        // Headers first: a peer that is elsewhere tells no counts.
-        if (!device::receive_headers(link, params_.header, epoch_)) return false;
         // Most words have come by now, and those of several peers are on their way at once.
         const int num_words = num_count_words(params_), end = link.num_ranks * num_words;
         bool good = true;
@@ -91,271 +89,248 @@ private:
     int word_stride_;
 };
 
-// Stores this rank's message into every arena, its own included. Called by a whole block that has seen the counts.
-__device__ inline void send_counts(const OpenParams& params, uint64_t epoch) {
+// Stores what of this rank's message is known beforehand into every arena, its own included: rows may come to this rank
+// from then on. Called by a whole block.
+__device__ inline void send_header(const OpenParams& params, uint64_t epoch) {
     const Link& link = params.link;
-    const int num_words = kHeaderWords + num_count_words(params);
-    // What this rank has read of its arena before comes first.
-    ptx::fence_acq_rel_sys();
-#pragma unroll 1
-    for (int at = static_cast<int>(threadIdx.x); at < num_words; at += kThreads) {
-        const int count = at - kHeaderWords;
-        int32_t value = static_cast<int32_t>(params.num_tokens);
-        if (count < 0) {
-            value = params.header[at];
-        } else if (count > params.num_experts) {
-            value = params.tokens_per_rank[count - 1 - params.num_experts];
-        } else if (count > 0) {
-            value = params.choices_per_expert[count - 1];
-        }
-        for (int peer = 0; peer < link.num_ranks; ++peer) device::store_opening_word(link, peer, at, value, epoch);
-    }
+    device::send_header(link, params.header, epoch);
+    if (threadIdx.x >= link.num_ranks) return;
+    device::store_opening_word(link, static_cast<int>(threadIdx.x), kHeaderWords,
+                               static_cast<int32_t>(params.num_tokens), epoch);
 }
 
-__device__ __noinline__ inline int32_t round_up(int32_t count, int32_t alignment) {
+__device__ __noinline__ inline int32_t round_up_by_division(int32_t count, int32_t alignment) {
     return (count + alignment - 1) / alignment * alignment;
 }
 
-// Exclusive sums over up to kThreads * n values, in place in shared memory; returns the total on all threads.
-__device__ __noinline__ inline int32_t exclusive_sums(int32_t* values, int count) {
-    __shared__ int32_t warp_sums[kThreads / kWarpSize];
-    __shared__ int32_t carry;
-    if (threadIdx.x == 0) carry = 0;
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    for (int first = 0; first < count; first += kThreads) {
-        const int idx = first + static_cast<int>(threadIdx.x);
-        const int32_t own = idx < count ? values[idx] : 0;
-        const int32_t sum = device::inclusive_sum(own);
-        if (lane == kWarpSize - 1) warp_sums[warp] = sum;
-        __syncthreads();
-        const int32_t of_warp = lane < kThreads / kWarpSize ? warp_sums[lane] : 0;
-        const int32_t before = carry + __reduce_add_sync(kAllLanes, lane < warp ? of_warp : 0);
-        if (idx < count) values[idx] = before + sum - own;
-        __syncthreads();
-        if (threadIdx.x == kThreads - 1) carry = before + sum;
-        __syncthreads();
-    }
-    return carry;
+__device__ inline int32_t round_up(int32_t count, int32_t alignment) {
+    const bool is_power = (alignment & (alignment - 1)) == 0;
+    return is_power ? (count + alignment - 1) & -alignment : round_up_by_division(count, alignment);
 }
 
-struct Need {
-    int32_t rank, needed, given;
+// Sums over the values of the threads before this one, one value of each thread after the other. Called by a whole
+// block.
+class BlockSums {
+public:
+    // `total`: of all threads.
+    __device__ int32_t exclusive(int32_t value, int32_t& total) {
+        __shared__ int32_t warp_sums[2][kThreads / kWarpSize];
+        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+        // What the last sums were made of may still be read.
+        turn_ ^= 1;
+        const int32_t sum = device::inclusive_sum(value);
+        if (lane == kWarpSize - 1) warp_sums[turn_][warp] = sum;
+        __syncthreads();
+        const int32_t of_warp = lane < kThreads / kWarpSize ? warp_sums[turn_][lane] : 0;
+        total = __reduce_add_sync(kAllLanes, of_warp);
+        return __reduce_add_sync(kAllLanes, lane < warp ? of_warp : 0) + sum - value;
+    }
+
+private:
+    int turn_ = 0;
 };
 
-// Checks every rank's capacity against the count matrix, the same on all ranks. `wanted` holds [E] choices of all
-// ranks, and afterwards how many of them each expert keeps. Returns the first rank in need, or rank -1.
-__device__ inline Need fit_capacity(const OpenParams& params, const CountMatrix& counts, int32_t* wanted) {
-    __shared__ int32_t needed[kMaxNodeRanks], choices[kMaxNodeRanks];
-    __shared__ Need need;
-    const bool per_expert = params.capacity.per_expert > 0, compact = params.layout == Layout::kCompact;
-    if (!per_expert && params.capacity.rows == 0) return {-1, 0, 0};
+// What every rank needs of its capacity, and its choices, the same on all ranks; shared memory of a block.
+struct Needs {
+    int32_t needed[kMaxNodeRanks], choices[kMaxNodeRanks];
+};
+
+__device__ inline bool is_limited(const CapacityRule& capacity) {
+    return capacity.per_expert > 0 || capacity.rows > 0;
+}
+
+// Whether a capacity is of rows as they arrive, of which the matrix tells the number.
+__device__ inline bool limits_arrivals(const OpenParams& params) {
+    return params.capacity.per_expert == 0 && params.layout == Layout::kCompact;
+}
+
+// Called by a whole block.
+__device__ inline void find_needs(const OpenParams& params, const CountMatrix& counts, Needs& needs) {
     const int num_ranks = params.link.num_ranks, local = params.num_experts / num_ranks;
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-#pragma unroll 1
-    for (int rank = warp; rank < num_ranks; rank += kThreads / kWarpSize) {
-        int32_t sum = 0, most = 0, rows = 0;
-#pragma unroll 1
-        for (int expert = lane; expert < local; expert += kWarpSize) {
-            const int32_t count = wanted[rank * local + expert];
-            sum += count;
-            most = max(most, count);
-            rows += round_up(count, params.alignment);
-        }
-        if (!per_expert && compact) rows = lane < num_ranks ? counts.rows(lane, rank) : 0;
-        sum = __reduce_add_sync(kAllLanes, sum);
-        most = __reduce_max_sync(kAllLanes, most);
-        rows = __reduce_add_sync(kAllLanes, rows);
-        if (lane != 0) continue;
-        choices[rank] = sum;
-        needed[rank] = per_expert ? most : rows;
+    if (threadIdx.x < num_ranks) {
+        int32_t rows = 0;
+        for (int source = 0; source < num_ranks; ++source) rows += counts.rows(source, static_cast<int>(threadIdx.x));
+        needs.needed[threadIdx.x] = limits_arrivals(params) ? rows : 0;
+        needs.choices[threadIdx.x] = 0;
     }
     __syncthreads();
-    const int64_t limit = per_expert ? params.capacity.per_expert : params.capacity.rows;
-    if (threadIdx.x == 0) {
-        need = {-1, 0, 0};
-        for (int rank = num_ranks - 1; rank >= 0; --rank) {
-            if (needed[rank] > limit) need = {rank, needed[rank], static_cast<int32_t>(limit)};
-        }
-    }
-    // Room for padding first, so that the kept groups fit however their sizes round up.
-    const int64_t usable = limit - static_cast<int64_t>(local) * (params.alignment - 1);
 #pragma unroll 1
-    for (int expert = threadIdx.x; expert < params.num_experts; expert += kThreads) {
-        if (per_expert) {
-            wanted[expert] = min(wanted[expert], static_cast<int32_t>(limit));
-            continue;
-        }
+    for (int expert = static_cast<int>(threadIdx.x); expert < params.num_experts; expert += kThreads) {
+        const int32_t count = counts.choices_before(num_ranks, expert);
         const int rank = expert / local;
-        if (needed[rank] > limit) {
-            wanted[expert] = static_cast<int32_t>(usable * wanted[expert] / max(choices[rank], 1));
+        if (params.capacity.per_expert > 0) {
+            atomicMax(&needs.needed[rank], count);
+        } else if (!limits_arrivals(params)) {
+            atomicAdd(&needs.needed[rank], round_up(count, params.alignment));
         }
+        if (params.capacity.drop) atomicAdd(&needs.choices[rank], count);
     }
     __syncthreads();
-    return need;
 }
 
 // For each expert, how many of this rank's choices are among those it keeps: the first ones by (source, token).
-__device__ inline void write_kept(const OpenParams& params, const CountMatrix& counts, const int32_t* keep,
+__device__ inline void write_kept(const OpenParams& params, const CountMatrix& counts, const Needs& needs,
                                   const PlanTable& table) {
+    const int num_ranks = params.link.num_ranks, local = params.num_experts / num_ranks;
+    const int64_t fixed = params.capacity.per_expert, limit = params.capacity.rows;
+    // Room for padding first, so that the kept groups fit however their sizes round up.
+    const int64_t usable = limit - static_cast<int64_t>(local) * (params.alignment - 1);
 #pragma unroll 1
-    for (int expert = threadIdx.x; expert < params.num_experts; expert += kThreads) {
-        table.keep_choices[expert] = max(keep[expert] - counts.choices_before(params.link.rank, expert), 0);
-    }
-}
-
-// Running sums over sources of the rows that every rank receives.
-__device__ inline void write_rank_rows(const OpenParams& params, const CountMatrix& counts, const PlanTable& table) {
-    const int num_ranks = params.link.num_ranks;
-    if (threadIdx.x >= num_ranks) return;
-    int32_t received = 0;
-    for (int source = 0; source < num_ranks; ++source) {
-        received += counts.rows(source, static_cast<int>(threadIdx.x));
-        table.rank_rows[source * num_ranks + threadIdx.x] = received;
+    for (int expert = static_cast<int>(threadIdx.x); expert < params.num_experts; expert += kThreads) {
+        int32_t keep = counts.choices_before(num_ranks, expert);
+        const int rank = expert / local;
+        if (fixed > 0) {
+            keep = min(keep, static_cast<int32_t>(fixed));
+        } else if (limit > 0 && needs.needed[rank] > limit) {
+            keep = static_cast<int32_t>(usable * keep / max(needs.choices[rank], 1));
+        }
+        table.keep_choices[expert] = max(keep - counts.choices_before(params.link.rank, expert), 0);
     }
 }
 
 // For every expert, the layout row of this rank's first choice, on the expert's rank; by the arithmetic of
-// lay_out_groups. `wanted` holds [E] choices of all ranks, and is used up. Returns on all threads the layout rows of
-// the rank with most.
+// lay_out_groups. Of rows that are not compact. Called by a whole block; returns on all threads the layout rows of the
+// rank with most.
 __device__ inline int32_t write_direct_rows(const OpenParams& params, const CountMatrix& counts, const PlanTable& table,
-                                            int32_t* wanted) {
-    __shared__ int32_t most;
+                                            BlockSums& sums) {
+    __shared__ int32_t first_rows[kMaxNodeRanks], most;
     const int num_ranks = params.link.num_ranks, local = params.num_experts / num_ranks;
-    if (threadIdx.x == 0) most = 0;
-    if (params.layout == Layout::kCompact) {
-        __syncthreads();
-        if (threadIdx.x < num_ranks) {
-            int32_t received = 0;
-            for (int source = 0; source < num_ranks; ++source) {
-                received += counts.rows(source, static_cast<int>(threadIdx.x));
-            }
-            atomicMax(&most, received);
-        }
-        __syncthreads();
-        return most;
-    }
     const auto fixed = static_cast<int32_t>(params.capacity.per_expert);
-    int32_t total = fixed * local;
-    if (fixed == 0) {
+    if (threadIdx.x == 0) most = fixed * local;
+    int32_t before = 0;
 #pragma unroll 1
-        for (int expert = threadIdx.x; expert < params.num_experts; expert += kThreads) {
-            wanted[expert] = round_up(wanted[expert], params.alignment);
-        }
+    for (int begin = 0; begin < params.num_experts; begin += kThreads) {
+        const int expert = begin + static_cast<int>(threadIdx.x), rank = expert / local, idx = expert - rank * local;
+        const bool in_range = expert < params.num_experts;
+        const int32_t count = in_range && fixed == 0 ? counts.choices_before(num_ranks, expert) : 0;
+        const int32_t rows = in_range && fixed == 0 ? round_up(count, params.alignment) : 0;
+        int32_t total;
+        const int32_t row = before + sums.exclusive(rows, total);
+        before += total;
+        if (in_range && idx == 0) first_rows[rank] = row;
         __syncthreads();
-        total = exclusive_sums(wanted, params.num_experts);
-        if (threadIdx.x < num_ranks) {
-            const int rank = static_cast<int>(threadIdx.x);
-            const int32_t end = rank + 1 < num_ranks ? wanted[(rank + 1) * local] : total;
-            atomicMax(&most, end - wanted[rank * local]);
-        }
-        __syncthreads();
-        total = most;
-    }
-#pragma unroll 1
-    for (int expert = threadIdx.x; expert < params.num_experts; expert += kThreads) {
-        const int first = expert / local * local;
-        const int32_t row = fixed > 0 ? (expert - first) * fixed : wanted[expert] - wanted[first];
-        table.direct_rows[expert] = row + counts.choices_before(params.link.rank, expert);
+        if (!in_range) continue;
+        const int32_t in_rank = fixed > 0 ? idx * fixed : row - first_rows[rank];
+        table.direct_rows[expert] = in_rank + counts.choices_before(params.link.rank, expert);
+        if (fixed == 0 && idx == local - 1) atomicMax(&most, in_rank + rows);
     }
     __syncthreads();
-    return total;
+    return most;
 }
 
-// Lays out this rank's groups; returns the number of layout rows on all threads. `starts`: [E] words.
+// Lays out this rank's groups. Called by a whole block; returns the number of layout rows on all threads. `rehearses`:
+// see plan_dispatch.
 __device__ inline int32_t lay_out_groups(const OpenParams& params, const CountMatrix& counts, const PlanTable& table,
-                                         int32_t* starts) {
+                                         BlockSums& sums, bool rehearses) {
     const int num_ranks = params.link.num_ranks, local = params.num_experts / num_ranks;
     const int first_expert = params.link.rank * local;
-    const int64_t fixed = params.layout == Layout::kCompact ? 0 : params.capacity.per_expert;
-    const auto group_rows = [&](int32_t count) {
-        return fixed > 0 ? static_cast<int32_t>(fixed) : round_up(count, params.alignment);
-    };
+    const auto fixed = static_cast<int32_t>(params.layout == Layout::kCompact ? 0 : params.capacity.per_expert);
+    int32_t before = 0;
 #pragma unroll 1
-    for (int expert = threadIdx.x; expert < local; expert += kThreads) {
-        const int32_t count = counts.choices_before(num_ranks, first_expert + expert);
+    for (int first = 0; first < local; first += kThreads) {
+        const int expert = first + static_cast<int>(threadIdx.x);
+        const bool in_range = expert < local;
+        const int32_t count = in_range ? counts.choices_before(num_ranks, first_expert + expert) : 0;
+        const int32_t rows = !in_range ? 0 : fixed > 0 ? fixed : round_up(count, params.alignment);
+        int32_t total;
+        int32_t row = before + sums.exclusive(rows, total);
+        before += total;
+        if (!in_range) continue;
         table.tokens_per_expert[expert] = count;
         params.told_tokens[expert] = count;
+        // A slab's rows behind the last real one are nobody's: its groups end where its choices do.
+        table.expert_ends[expert] = row + rows;
+        params.told_ends[expert] = row + rows;
+#pragma unroll 1
+        for (int source = 0; source < num_ranks; ++source) {
+            table.expert_rows[source * local + expert] = row;
+            row += counts.choices(source, first_expert + expert);
+        }
+        if (rehearses) continue;
         if (params.received_total != nullptr) {
             // Nobody else writes it; the sum is made by the memory, so that nothing here waits for it.
             atomicAdd(reinterpret_cast<unsigned long long*>(params.received_total + expert),
                       static_cast<unsigned long long>(count));
         }
         if (params.host_counts != nullptr) params.host_counts[expert] = count;
-        starts[expert] = group_rows(count);
     }
-    __syncthreads();
-    const int32_t num_rows = exclusive_sums(starts, local);
-#pragma unroll 1
-    for (int expert = threadIdx.x; expert < local; expert += kThreads) {
-        const int32_t begin = starts[expert];
-        int32_t row = begin;
-#pragma unroll 1
-        for (int source = 0; source < num_ranks; ++source) {
-            table.expert_rows[source * local + expert] = row;
-            row += counts.choices(source, first_expert + expert);
-        }
-        // A slab's rows behind the last real one are nobody's: its groups end where its choices do.
-        const int32_t end = begin + group_rows(row - begin);
-        table.expert_ends[expert] = end;
-        params.told_ends[expert] = end;
-    }
-    return num_rows;
+    return before;
 }
 
-// `wanted`: [E] words of shared memory.
-__device__ inline void plan_dispatch(const OpenParams& params, const CountMatrix& counts, int32_t* wanted) {
+// What concerns whole ranks. Called by one warp. `num_rows`: layout rows here; `most_rows`: of the rank with most,
+// where they follow from groups.
+__device__ inline void plan_ranks(const OpenParams& params, const CountMatrix& counts, const PlanTable& table,
+                                  const Needs& needs, int32_t num_rows, int32_t most_rows, bool rehearses) {
     const Link& link = params.link;
-    const PlanTable table(params.table, link.num_ranks, params.num_experts);
-#pragma unroll 1
-    for (int expert = threadIdx.x; expert < params.num_experts; expert += kThreads) {
-        wanted[expert] = counts.choices_before(link.num_ranks, expert);
-    }
-    __syncthreads();
-    const Need need = fit_capacity(params, counts, wanted);
-    if (threadIdx.x < link.num_ranks && params.max_tokens > 0) {
-        const int32_t tokens = counts.num_tokens(static_cast<int>(threadIdx.x));
-        if (tokens > params.max_tokens) {
-            device::report(link, Trouble::kTooManyTokens, static_cast<int>(threadIdx.x), Phase::kOpening,
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, num_ranks = link.num_ranks;
+    const bool compact = params.layout == Layout::kCompact;
+    int32_t tokens = 0, own = 0, arrivals = 0;
+    if (lane < num_ranks) {
+        tokens = counts.num_tokens(lane);
+        own = counts.rows(lane, link.rank);
+        table.source_tokens[lane] = tokens;
+        // Running sums over sources of the rows that every rank receives.
+        for (int source = 0; source < num_ranks; ++source) {
+            arrivals += counts.rows(source, lane);
+            table.rank_rows[source * num_ranks + lane] = arrivals;
+        }
+        if (params.max_tokens > 0 && tokens > params.max_tokens && !rehearses) {
+            device::report(link, Trouble::kTooManyTokens, lane, Phase::kOpening,
                            static_cast<uint64_t>(params.max_tokens), static_cast<uint64_t>(tokens));
         }
     }
-    write_kept(params, counts, wanted, table);
-    write_rank_rows(params, counts, table);
-    __syncthreads();
-    const int32_t most_rows = params.direct == 0 ? 0 : write_direct_rows(params, counts, table, wanted);
-    const bool poisoned = need.rank >= 0 && params.capacity.drop == 0;
-    const int32_t num_rows = lay_out_groups(params, counts, table, wanted);
-    if (threadIdx.x >= kWarpSize) return;
-    const int lane = static_cast<int>(threadIdx.x);
-    int32_t tokens = 0, rows = 0;
-    if (lane < link.num_ranks) {
-        tokens = counts.num_tokens(lane);
-        rows = counts.rows(lane, link.rank);
-        table.source_tokens[lane] = tokens;
-    }
-    const int32_t received = device::inclusive_sum(rows), most = __reduce_max_sync(kAllLanes, tokens);
-    if (lane < link.num_ranks) table.source_rows[lane + 1] = received;
+    const int32_t received = device::inclusive_sum(own), most_tokens = __reduce_max_sync(kAllLanes, tokens);
+    if (lane < num_ranks) table.source_rows[lane + 1] = received;
     if (lane == 0) table.source_rows[0] = 0;
-    if (lane != link.num_ranks - 1) return;
-    *table.most_tokens = most;
-    *table.most_rows = most_rows;
-    *table.overflow = poisoned;
-    *params.told_overflow = poisoned;
-    if (poisoned) {
+    if (compact && params.direct) most_rows = __reduce_max_sync(kAllLanes, arrivals);
+    // The first rank in need is told.
+    int32_t needed = 0;
+    int64_t given = 0;
+    if (is_limited(params.capacity) && lane < num_ranks) {
+        needed = limits_arrivals(params) ? arrivals : needs.needed[lane];
+        given = params.capacity.per_expert > 0 ? params.capacity.per_expert : params.capacity.rows;
+    }
+    const uint32_t in_need = __ballot_sync(kAllLanes, needed > given);
+    const bool poisoned = in_need != 0 && params.capacity.drop == 0;
+    const int32_t num_received = __shfl_sync(kAllLanes, received, num_ranks - 1);
+    if (lane == 0) {
+        *table.most_tokens = most_tokens;
+        *table.most_rows = most_rows;
+        *table.overflow = poisoned;
+        *params.told_overflow = poisoned;
+    }
+    if (rehearses) return;
+    if (poisoned && lane == __ffs(in_need) - 1) {
         volatile StatusWords* status = link.status;
-        status->overflow_rank = need.rank;
-        status->overflow_needed = need.needed;
-        status->overflow_given = need.given;
+        status->overflow_rank = lane;
+        status->overflow_needed = needed;
+        status->overflow_given = given;
         __threadfence_system();
         status->overflowed = status->overflowed + 1;
     }
-    if (params.sizes == nullptr) return;
+    if (params.sizes == nullptr || lane != 0) return;
     volatile SizeWords* sizes = params.sizes;
-    sizes->num_rows = params.layout == Layout::kCompact ? received : num_rows;
-    sizes->num_received = received;
-    sizes->max_tokens = most;
+    sizes->num_rows = compact ? num_received : num_rows;
+    sizes->num_received = num_received;
+    sizes->max_tokens = most_tokens;
     sizes->most_rows = most_rows;
     __threadfence_system();
+}
+
+// `rehearses`: whether counts are of no exchange; then only what is written again by the real call is written. Called
+// by a whole block.
+__device__ inline void plan_dispatch(const OpenParams& params, const CountMatrix& counts, bool rehearses) {
+    __shared__ Needs needs;
+    const PlanTable table(params.table, params.link.num_ranks, params.num_experts);
+    const bool drops = params.capacity.drop != 0;
+    if (is_limited(params.capacity) && (drops || !limits_arrivals(params))) find_needs(params, counts, needs);
+    if (drops) write_kept(params, counts, needs, table);
+    BlockSums sums;
+    const bool direct = params.direct != 0 && params.layout != Layout::kCompact;
+    const int32_t most_rows = direct ? write_direct_rows(params, counts, table, sums) : 0;
+    const int32_t num_rows = lay_out_groups(params, counts, table, sums, rehearses);
+    if (threadIdx.x >= kWarpSize) return;
+    plan_ranks(params, counts, table, needs, num_rows, most_rows, rehearses);
 }
 
 }  // namespace moe_ep::opening

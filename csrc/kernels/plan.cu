@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(PlanGrid::kMaxWarps* kWarpSize)
     for (bool places = false;; places = true) {
         walk_chunk<Index>(launch, shared, chunk, places);
         if (places) return;
-        sum_warps(launch, memory);
+        sum_warps(launch, memory, launch.num_blocks > 1);
         // A grid of one block is not launched cooperatively.
         if (launch.num_blocks > 1) cooperative_groups::this_grid().sync();
         add_blocks(launch, memory, static_cast<int>(blockIdx.x) == launch.num_blocks - 1);

@@ -205,9 +205,9 @@ __device__ inline void write_total(const PlanParams& params, int column, int32_t
     }
 }
 
-// Replaces the counts of each warp of this block by the sum over the warps of the block before it, and tells the sums
-// of the whole block; those of the only block are the totals. Called by whole blocks.
-__device__ inline void sum_warps(const PlanLaunch& launch, void* memory) {
+// Replaces the counts of each warp of this block by the sum over the warps of the block before it, and writes the sums
+// of the whole block: for others that add them, or, of the only block, as the totals. Called by whole blocks.
+__device__ inline void sum_warps(const PlanLaunch& launch, void* memory, bool others_add) {
     const int num_columns = launch.params.num_experts + launch.params.num_ranks;
     int32_t* own = launch.sums + static_cast<int64_t>(blockIdx.x) * num_columns;
     __syncthreads();
@@ -221,7 +221,7 @@ __device__ inline void sum_warps(const PlanLaunch& launch, void* memory) {
             sum += count;
             count = before;
         }
-        if (launch.num_blocks > 1) {
+        if (others_add) {
             own[column] = sum;
         } else {
             write_total(launch.params, column, sum);

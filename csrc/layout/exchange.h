@@ -44,7 +44,9 @@ struct LinkState {
     uint32_t blocks;  // of the kernel that opens an exchange, that have come so far
     // Pieces of an exchange's work that warps have taken; opening one clears the next one's.
     uint32_t tickets[2];
-    uint64_t counted[PlanGrid::kMaxBlocks];  // number of the exchange that each block of its plan has counted for
+    uint64_t counting;  // number of the exchange that the latest plan is counted for
+    // Number of the exchange that each block of its plan has counted for, and has numbered its tokens for.
+    uint64_t counted[PlanGrid::kMaxBlocks], numbered[PlanGrid::kMaxBlocks];
 
     MOE_EP_HOST_DEVICE uint32_t* tickets_of(uint64_t exchange) { return tickets + exchange % 2; }
 };
@@ -252,6 +254,9 @@ struct DispatchParams {
     int32_t stage_bytes;  // of each pipe's stages
     Laps laps;
     Opening opening;
+    // Blocks that count for this dispatch in the kernel before, beside which this one runs: senders begin as soon as
+    // tokens are numbered. 0 where the kernel before has ended. The opening's header is theirs.
+    int32_t num_counting;
     int32_t with_plan;      // metadata travels and the plan is written; otherwise it is replayed
     int32_t lends;          // whether rows of a new plan may be stored where they stay, in the arena of their rank
     int64_t direct_groups;  // groups of each source then, where they are known to fit; 0 where that follows from sizes

@@ -19,6 +19,11 @@ from moe_ep.testing.worker import RankContext
 pytestmark = pytest.mark.gpu
 
 TIMEOUT_S = 2.0
+# With sizes that are known beforehand nobody waits for a host: rows are sent while counts are exchanged.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "capacity": {"capacity": Capacity(per_expert=24), "max_tokens_per_rank": 12},
+}
 
 
 def make_dispatcher(
@@ -94,8 +99,8 @@ def test_an_error_before_a_capacity_is_sized_reaches_the_others() -> None:
         assert texts[rank].startswith("PeerAbortedError: rank 1 raised instead"), texts[rank]
 
 
-def differ(ctx: RankContext) -> str:
-    dispatcher = make_dispatcher(ctx, timeout_s=20)
+def differ(ctx: RankContext, sizes: str) -> str:
+    dispatcher = make_dispatcher(ctx, timeout_s=20, **SETTINGS[sizes])
     assert_works(dispatcher)
     topk_idx, weights = make_routing(12, 2, dispatcher.num_experts, seed=1)
     routed = dispatcher.dispatch(torch.ones(12, 16, device="cuda"), topk_idx.cuda(), weights.cuda())
@@ -111,15 +116,16 @@ def differ(ctx: RankContext) -> str:
     return str(caught.value)
 
 
-def test_different_exchanges_are_told_on_both_sides() -> None:
-    for rank, text in enumerate(run_ranks(2, differ)):
+@pytest.mark.parametrize("sizes", SETTINGS)
+def test_different_exchanges_are_told_on_both_sides(sizes: str) -> None:
+    for rank, text in enumerate(run_ranks(2, differ, sizes)):
         kinds = ("dispatch", "combine of plan")
         assert f"rank {rank}: {kinds[rank]}" in text, text
         assert f"rank {1 - rank}: {kinds[1 - rank]}" in text, text
 
 
-def come_late(ctx: RankContext) -> str:
-    dispatcher = make_dispatcher(ctx)
+def come_late(ctx: RankContext, sizes: str) -> str:
+    dispatcher = make_dispatcher(ctx, **SETTINGS[sizes])
     assert_works(dispatcher)
     text = "on time"
     try:
@@ -136,15 +142,16 @@ def come_late(ctx: RankContext) -> str:
     return text
 
 
-def test_a_late_rank_is_named_and_reset_goes_on() -> None:
-    texts = run_ranks(3, come_late)
+@pytest.mark.parametrize("sizes", SETTINGS)
+def test_a_late_rank_is_named_and_reset_goes_on(sizes: str) -> None:
+    texts = run_ranks(3, come_late, sizes)
     for rank in (0, 2):
         assert texts[rank].startswith("PeerTimeoutError (1,)"), texts[rank]
         assert "waited 2 s for rank 1 to open exchange" in texts[rank]
 
 
-def die(ctx: RankContext, during: str) -> str:
-    dispatcher = make_dispatcher(ctx)
+def die(ctx: RankContext, during: str, sizes: str) -> str:
+    dispatcher = make_dispatcher(ctx, **SETTINGS[sizes])
     assert_works(dispatcher)
     if ctx.rank == 1 and during == "before":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -161,9 +168,10 @@ def die(ctx: RankContext, during: str) -> str:
     return "nothing happened"
 
 
+@pytest.mark.parametrize("sizes", SETTINGS)
 @pytest.mark.parametrize("during", ["before", "between"])
-def test_survivors_of_a_killed_rank_name_it(during: str) -> None:
-    answers = run_ranks(3, die, during, fresh=True, expect_dead=[1])
+def test_survivors_of_a_killed_rank_name_it(during: str, sizes: str) -> None:
+    answers = run_ranks(3, die, during, sizes, fresh=True, expect_dead=[1])
     for rank in (0, 2):
         assert answers[rank].startswith("(1,) 1024.0"), answers[rank]
         assert "for rank 1" in answers[rank], answers[rank]
@@ -207,7 +215,7 @@ def test_an_abort_arrives_though_its_buffer_goes_at_once() -> None:
 
 def go_alone(ctx: RankContext) -> tuple[bool, float]:
     """A Buffer goes while its exchange waits for a peer that never comes: it does not wait for the time limit."""
-    dispatcher = make_dispatcher(ctx, timeout_s=60, capacity=Capacity(per_expert=24), max_tokens_per_rank=12)
+    dispatcher = make_dispatcher(ctx, timeout_s=60, **SETTINGS["capacity"])
     assert_works(dispatcher)
     start = time.monotonic()
     if ctx.rank == 0:

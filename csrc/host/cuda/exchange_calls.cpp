@@ -210,10 +210,17 @@ std::unique_ptr<Event> DispatchCall::place(Channel& channel, Streams streams, ui
 }
 
 std::unique_ptr<Event> DispatchCall::run(Channel& channel, const Header& header, Streams streams, bool counted) {
+    params_.num_counting = 0;
     if (counted) {
         params_.opening = begin_plainly(channel, header, streams);
     } else {
         count(channel, header, streams);
+        // An early launch holds SMs while peers are late, which computation beside the exchange may want.
+        const bool alone = streams.current == streams.queue;
+        if (row_settings_.bulk && params_.lends == 0 && alone && launches_tell_start()) {
+            params_.num_counting = PlanGrid(plan_).num_blocks;
+            fill_header(params_.opening.header, header);
+        }
     }
     const int senders = row_settings_.num_senders, placers = row_settings_.num_placers;
     // NOTE: blocks that all send take one lap alone: in further ones they would wait for placers.
