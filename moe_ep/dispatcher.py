@@ -272,17 +272,19 @@ class TokenDispatcher(nn.Module):
             PeerAbortedError, PeerTimeoutError, ExchangeMismatchError: what happened on another rank.
         """
         lends = out != "private" and self._lends(out)
-        if planned is not None or isinstance(x, tuple):
-            return self.dispatch_async(x, topk_idx, topk_weights, planned, out=out).wait()
-        x = self._cast(x)
-        if are_transparent(x, topk_idx, topk_weights):
+        if not isinstance(x, tuple):
+            x = self._cast(x)
+        if are_transparent(topk_idx, topk_weights, *(x if isinstance(x, tuple) else (x,))):
             exchanger = self._live()
             if not torch.is_grad_enabled():
-                result = run_dispatch(exchanger, x, topk_idx, topk_weights, lends)
+                result = run_dispatch(exchanger, x, topk_idx, topk_weights, planned, lends)
                 return dispatched_plainly(exchanger, result, *exchanger.layout_rows(result))
-            told: list[Dispatch] = []
-            rows, weights = EagerDispatch.apply(told, exchanger, x, topk_idx, topk_weights, self._anchor)
-            return dispatched_plainly(exchanger, told[0], rows, weights)
+            if not isinstance(x, tuple):
+                told: list[Dispatch] = []
+                rows, weights = EagerDispatch.apply(told, exchanger, planned, x, topk_idx, topk_weights, self._anchor)
+                return dispatched_plainly(exchanger, told[0], rows, weights)
+        if planned is not None or isinstance(x, tuple):
+            return self.dispatch_async(x, topk_idx, topk_weights, planned, out=out).wait()
         if not _on_one_device(x, topk_idx, topk_weights):
             # An operator would refuse these on this rank alone; this raises, and tells the peers.
             self._live().dispatch(x, topk_idx, topk_weights, None, lends)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ep.backends.types import Dispatch
+from moe_ep.backends.types import Counted, Dispatch
 from moe_ep.backends.weighing import weigh
 from moe_ep.exchange import Exchanger, lookup
 from moe_ep.handle import Plan
@@ -37,12 +37,13 @@ class EagerDispatch(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         told: list[Dispatch],
         exchanger: Exchanger,
+        planned: Counted | None,
         x: Tensor,
         topk_idx: Tensor,
         topk_weights: Tensor,
         anchor: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        result = run_dispatch(exchanger, x, topk_idx, topk_weights)
+        result = run_dispatch(exchanger, x, topk_idx, topk_weights, planned)
         rows, weights = exchanger.layout_rows(result)
         told.append(result)
         ctx.exchanger_id = exchanger.id
@@ -61,7 +62,7 @@ class EagerDispatch(torch.autograd.Function):
             dx, dweights = run_combine_grads(lookup(ctx.exchanger_id), rows, weights, plan)
         else:
             dx, dweights = torch.ops.moe_ep.combine_grads(rows, weights, plan.to_tensors(), ctx.exchanger_id)
-        return None, None, once(dx, rows, weights), None, once(dweights, rows, weights), None
+        return None, None, None, once(dx, rows, weights), None, once(dweights, rows, weights), None
 
 
 class EagerCombine(torch.autograd.Function):

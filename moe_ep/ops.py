@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from moe_ep.backends.types import Dispatch
+from moe_ep.backends.types import Counted, Dispatch
 from moe_ep.backends.weighing import weigh
 from moe_ep.config import ExchangeSpec
 from moe_ep.exchange import Exchanger, lookup
@@ -83,11 +83,16 @@ def are_transparent(*tensors: Tensor | None) -> bool:
 
 @untraced
 def run_dispatch(
-    exchanger: Exchanger, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, lends: bool = False
+    exchanger: Exchanger,
+    x: Tensor | tuple[Tensor, Tensor],
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    planned: Counted | None = None,
+    lends: bool = False,
 ) -> Dispatch:
-    """A whole dispatch, with its hooks; ``lends`` as in ``Exchanger.dispatch``."""
+    """A whole dispatch, with its hooks; arguments as in ``Exchanger.dispatch``."""
     seq = exchanger.next_seq()
-    job = exchanger.dispatch(x, topk_idx, topk_weights, None, lends)
+    job = exchanger.dispatch(x, topk_idx, topk_weights, planned, lends)
     exchanger.fire("dispatch_launched", seq)
     result = job.result()
     exchanger.fire("dispatch_ready", seq)

@@ -118,14 +118,14 @@ def dispatched_plainly(exchanger: Exchanger, result: Dispatch, rows: Tensor, wei
     exact = spec.capacity is None and spec.layout != "slab"
     return Dispatched(
         x=rows,
-        scales=None,
+        scales=result.scales,
         weights=weights,
         topk_idx=result.topk_idx,
         tokens_per_expert=result.tokens_per_expert,
         expert_ends=result.expert_ends,
         tokens_per_expert_list=exchanger.host_counts(result.tokens_per_expert) if exact else None,
         num_rows=result.plan.num_rows,
-        overflow=result.overflow,
+        overflow=None if spec.capacity is None else result.overflow,
         handle=DispatchHandle(result.plan, result.plan.sizes()),
         in_arena=result.in_arena,
     )

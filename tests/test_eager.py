@@ -77,6 +77,39 @@ def compare_with_operators(ctx: RankContext, mode: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+def plan_beforehand(ctx: RankContext, mode: str) -> None:
+    """A dispatch whose counts were exchanged before, with gradients, without, and where somebody watches."""
+    case = make_case(ctx.world_size, **MODES[mode])
+    dispatcher, (topk_idx, _) = case.dispatcher(ctx.group), case.routing(ctx.rank)
+    found = []
+    for way in ("eager", "no grad", "watched"):
+        leaves, (planned,) = make_leaves(case, ctx.rank), dispatcher.plan([topk_idx])
+        watched = torch.autograd.profiler.profile() if way == "watched" else contextlib.nullcontext()
+        with counted() as times, watched, torch.set_grad_enabled(way != "no grad"):
+            routed = dispatcher.dispatch(leaves.x, topk_idx, leaves.topk_weights, planned)
+        assert times[EagerDispatch] == int(way == "eager")
+        rows, weights = routed.x.detach(), routed.weights.detach()
+        if case.layout == "slab":
+            # What is behind a group's last row is anything.
+            real = torch.arange(rows.shape[1]) < routed.tokens_per_expert.unsqueeze(1)
+            rows, weights = rows[real], weights[real]
+        tensors = [rows, weights, routed.tokens_per_expert, routed.expert_ends]
+        if way != "no grad":
+            (routed.x.sum() + routed.weights.sum()).backward()
+            tensors += [leaves.x.grad, leaves.topk_weights.grad]
+        assert (routed.overflow is None) == (case.capacity is None)
+        found.append(tensors)
+    for eager, watched_one in zip(found[0], found[2], strict=True):
+        assert torch.equal(eager, watched_one)
+    for eager, plain in zip(found[0], found[1], strict=False):
+        assert torch.equal(eager, plain)
+
+
+@pytest.mark.parametrize("mode", ["expanded", "compact", "slab"])
+def test_planned_dispatches_give_the_same(ranks: Ranks, mode: str) -> None:
+    ranks(2, plan_beforehand, mode)
+
+
 class Mode(TorchFunctionMode):
     """Sees functions of torch, and lets them be."""
 
