@@ -127,7 +127,7 @@ class CudaCalls:
                 text = f"x has {num_tokens} tokens; with num_worst_tokens={spec.capacity.rows} at most {max_tokens} fit"
                 error = ValueError(f"{text}: call reserve(max_tokens_per_rank, row_bytes) on all ranks first")
                 self.link.refuse(call, error)
-        header, inline = self.link.header(call), _is_inline(order)
+        header = self.link.header(call)
 
         def launch() -> Launch[Dispatch]:
             if request.topk_idx is None:
@@ -140,7 +140,6 @@ class CudaCalls:
                     header,
                     owner,
                     num_sms=order.num_sms,
-                    inline=inline,
                 )
             return self.backend.dispatch(
                 request.rows,
@@ -153,7 +152,6 @@ class CudaCalls:
                 max_tokens=max_tokens,
                 num_sms=order.num_sms,
                 with_source=True,
-                inline=inline,
             )
 
         got, event = self._run(launch, order, _dispatch_tensors)
@@ -176,9 +174,7 @@ class CudaCalls:
         self.backend.ensure(rows.shape[0], *_reserved_record(rows))
         header = self.link.header(call)
         (out, out_scales), event = self._run(
-            lambda: self.backend.replay(rows, plan, header, scales, order.num_sms, inline=_is_inline(order)),
-            order,
-            _tensors,
+            lambda: self.backend.replay(rows, plan, header, scales, order.num_sms), order, _tensors
         )
         return out if out_scales is None else (out, out_scales), event
 
@@ -194,12 +190,10 @@ class CudaCalls:
         """As ``Buffer.combine``."""
         self.check_overflow()
         self.backend.ensure(plan.num_tokens, *_reserved_record(x))
-        header, inline = self.link.header(call), _is_inline(order)
+        header = self.link.header(call)
 
         def launch() -> Launch[tuple[Tensor, Tensor | None]]:
-            return self.backend.combine(
-                x, None, plan, header, biases, topk_weights, num_sms=order.num_sms, inline=inline
-            )
+            return self.backend.combine(x, None, plan, header, biases, topk_weights, num_sms=order.num_sms)
 
         (out, weights), event = self._run(launch, order, _tensors)
         return out, weights, event
@@ -245,12 +239,6 @@ class CudaCalls:
             plan=plan,
             groups=got.groups,
         )
-
-
-def _is_inline(order: Order) -> bool:
-    """Whether an exchange runs on the current stream: it waits for nothing else, and that stream for its end."""
-    previous = order.previous_event
-    return not order.async_finish and (previous is None or previous.event is None)
 
 
 def weight_words(topk_weights: Tensor | None) -> int:

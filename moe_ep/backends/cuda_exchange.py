@@ -166,7 +166,6 @@ class CudaBackend(Reserving):
         header: list[int],
         owner: int,
         num_sms: int | None = None,
-        inline: bool = False,
     ) -> Launch[Dispatch]:
         """Launch a dispatch of rows to the ranks of a mask, without choices; arguments as in :meth:`dispatch`.
 
@@ -180,8 +179,7 @@ class CudaBackend(Reserving):
         spec = dataclasses.replace(spec, top_k=0)
         self.link.begin()
         counts = self._count(choices, spec, 0, None, told)
-        inputs = (x, scales, None)
-        return self._launch(inputs, spec, counts, False, header, owner, 0, num_sms, True, inline=inline)
+        return self._launch((x, scales, None), spec, counts, False, header, owner, 0, num_sms, True)
 
     def _launch(
         self,
