@@ -80,6 +80,10 @@ class Queues:
         last, order.last = order.last, queue
         if last not in (queue, current) and not (last == self.queue and order.joined == current):
             self._order.follow(last, queue)
+        if inline and queue == self.queue:
+            # The caller's stream is the communication stream: whoever has waited for that has not waited for this one.
+            order.flights += 1
+            order.joined = None
         return queue
 
     def is_idle(self) -> bool:
