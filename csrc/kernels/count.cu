@@ -65,7 +65,7 @@ __device__ void send_counts(const PlanLaunch& plan, const OpenParams& open, uint
     }
 }
 
-// Called by the last block.
+// Opens the exchange and derives its plan, or says why not. Called by the last block.
 __device__ void open_dispatch(const PlanLaunch& plan, const OpenParams& open, uint64_t epoch, void* memory,
                               bool keeps_matrix) {
     const Link& link = open.link;
